@@ -1,0 +1,1 @@
+"""From tokens to a trained model: data, losses, optimizers, the step, the loop, checkpoints."""
