@@ -1,0 +1,133 @@
+"""One block: attention and feed-forward, each normalised before and added to the stream.
+
+Shapes: B batch, T time, D width, H query heads, G key/value heads, K head width, F feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model import cache as kv
+from model.attention import Attention, Dropout, Visibility, dot_product_attention
+from model.config import TransformerConfig
+from model.linear import Linear
+from model.norm import Norm
+from model.positions import Rotation, rotate
+
+# name -> (function, whether it multiplies a gate with a second product)
+ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
+    "gelu": (jax.nn.gelu, False),
+    "gelu_exact": (lambda x: jax.nn.gelu(x, approximate=False), False),
+    "relu_squared": (lambda x: jnp.square(jax.nn.relu(x)), False),
+    "swiglu": (jax.nn.silu, True),
+}
+
+
+class BlockOutput(NamedTuple):
+    """What a block gives beside the stream: its new cache and whatever was to be captured."""
+
+    cache: dict[str, jax.Array] | None
+    captured: dict[str, jax.Array]
+
+
+class SelfAttention(nn.Module):
+    """Projects to heads, attends, projects back: [B, T, D] -> [B, T, D]."""
+
+    config: TransformerConfig
+    attention: Attention = dot_product_attention
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        visibility: Visibility,
+        turn: Rotation | None,
+        cache: dict[str, jax.Array] | None,
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None, dict[str, jax.Array]]:
+        c = self.config
+        B, T, D = x_BTD.shape
+        heads = {"q": c.heads, "k": c.kv_heads_, "v": c.kv_heads_}
+        q, k, v = (
+            _linear(c, name, n * c.head_width_)(x_BTD).reshape(B, T, n, c.head_width_)
+            for name, n in heads.items()
+        )
+        if c.qk_norm:
+            q, k = norm(c, "q_norm", "rmsnorm")(q), norm(c, "k_norm", "rmsnorm")(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        captured = {"q": q, "k": k, "v": v}
+        if cache is not None:
+            assert visibility.first is not None
+            k, v = (
+                kv.write(cache[name], new, visibility.first) for name, new in (("k", k), ("v", v))
+            )
+            cache = {"k": k, "v": v}
+        dropout = None
+        if c.dropout and self.has_rng("dropout"):
+            dropout = Dropout(c.dropout, self.make_rng("dropout"))
+        y = self.attention(q, k.astype(q.dtype), v.astype(q.dtype), visibility, dropout)
+        y = y.reshape(B, T, c.heads * c.head_width_)
+        return _linear(c, "o", D, projection=True)(y), cache, captured
+
+
+class FeedForward(nn.Module):
+    """Two kernels around an activation, or three with a gate: [B, T, D] -> [B, T, D]."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        activate, gated = ACTIVATIONS[c.activation]
+        h_BTF = _linear(c, "up", c.ffn_width_)(x_BTD)
+        if gated:
+            h_BTF = activate(_linear(c, "gate", c.ffn_width_)(x_BTD)) * h_BTF
+        else:
+            h_BTF = activate(h_BTF)
+        return _linear(c, "down", x_BTD.shape[-1], projection=True)(h_BTF)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    config: TransformerConfig
+    attention: Attention = dot_product_attention
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        visibility: Visibility,
+        turn: Rotation | None,
+        cache: dict[str, jax.Array] | None,
+    ) -> tuple[jax.Array, BlockOutput]:
+        c = self.config
+        drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        attend = SelfAttention(c, self.attention, name="attention")
+        y, cache, captured = attend(norm(c, "attention_norm")(x_BTD), visibility, turn, cache)
+        x_BTD = x_BTD + drop(y)
+        y = FeedForward(c, name="mlp")(norm(c, "mlp_norm")(x_BTD))
+        return x_BTD + drop(y), BlockOutput(cache, captured)
+
+
+def norm(config: TransformerConfig, name: str, kind: Any = None) -> Norm:
+    """Returns the norm that `config` asks for, or one of `kind`."""
+    kind = config.norm if kind is None else kind
+    return Norm(
+        kind, config.norm_epsilon, config.biases, jnp.dtype(config.parameter_dtype), name=name
+    )
+
+
+def _linear(
+    config: TransformerConfig, name: str, width: int, *, projection: bool = False
+) -> Linear:
+    std = config.init_std
+    if projection:  # GPT-2: keeps the variance of the stream from growing with depth
+        std = 0.0 if config.zero_init_projections else std * (2 * config.layers) ** -0.5
+    init = nn.initializers.normal(std) if std else nn.initializers.zeros_init()
+    return Linear(width, init, config.biases, jnp.dtype(config.parameter_dtype), name=name)

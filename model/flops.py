@@ -1,0 +1,52 @@
+"""What a model costs by arithmetic: parameters and floating-point operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.config import TransformerConfig
+from model.transformer import Transformer
+
+
+def abstract_params(config: TransformerConfig) -> Any:
+    """Returns the parameter tree as shapes and types, computing nothing."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+
+
+def parameter_count(config: TransformerConfig) -> int:
+    """Returns the number of parameters, embeddings included.
+
+    >>> from model.presets import gpt2
+    >>> parameter_count(gpt2())
+    124439808
+    """
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def flops_per_token(config: TransformerConfig, length: int) -> float:
+    """Returns the mean floating-point operations of a forward pass over one of `length` tokens.
+
+    Counted are the matrix products that the model needs, two operations for each multiply-add: all
+    kernels, the head, and scores and values for the keys that a causal query really sees (half of
+    the square, less under a window). Lookups, norms and activations are not counted. A training
+    step costs three times as much (forward, and two products in the backward pass for each).
+
+    >>> from model.presets import gpt2
+    >>> round(flops_per_token(gpt2(), 1024) / 1e6)
+    266
+    """
+    D, F, L = config.width, config.ffn_width_, config.layers
+    K, H, G = config.head_width_, config.heads, config.kv_heads_
+    kernels = D * K * (2 * H + 2 * G) + D * F * (3 if config.activation == "swiglu" else 2)
+    windows = config.window if isinstance(config.window, tuple) else (config.window,) * L
+    seen = sum(_mean_visible(length, window) for window in windows)
+    return 2.0 * (L * kernels + D * config.vocabulary_size) + 4.0 * H * K * seen
+
+
+def _mean_visible(length: int, window: int | None) -> float:
+    w = length if window is None else min(window, length)
+    return (w * (w + 1) / 2 + (length - w) * w) / length

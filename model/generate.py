@@ -1,0 +1,240 @@
+"""Generation: prompts of any lengths in, tokens out, one compilation for all of them.
+
+Prompts go through the model in chunks of a fixed size inside one `while_loop`, then tokens follow one
+by one. Every row keeps its own length in the cache, so ragged prompts need no mask.
+
+Shapes: B batch, S cache slots, C chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.cache import init_cache
+from model.transformer import Transformer
+
+CHUNK = 32  # prompt tokens per pass: products are near full speed on CPU, padding stays small
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the most probable token (greedy).
+      top_k: keep the k most probable tokens; None keeps all.
+      top_p: keep the smallest set of tokens whose probability reaches p (nucleus sampling, Holtzman
+        et al. 2020, arXiv:1904.09751); None keeps all. Applied after `top_k`.
+
+    >>> Sampling(temperature=-1)
+    Traceback (most recent call last):
+    ...
+    ValueError: temperature is -1; it must be 0 (greedy) or more
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+
+class Generation(NamedTuple):
+    """What was generated.
+
+    Attributes:
+      tokens: int32 [B, S], the prompt followed by the new tokens; what lies past `lengths` is 0.
+      lengths: int32 [B], tokens that count, prompt and stop token included.
+      prompt_lengths: int32 [B].
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    prompt_lengths: jax.Array
+
+    def new_tokens(self) -> list[list[int]]:
+        """Returns the new tokens of each row, without the prompt, as lists."""
+        rows = zip(
+            np.asarray(self.tokens),
+            np.asarray(self.prompt_lengths),
+            np.asarray(self.lengths),
+            strict=True,
+        )
+        return [row[start:end].tolist() for row, start, end in rows]
+
+
+def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws one token id for each row of logits: int32 [B].
+
+    >>> sample(jnp.array([[0.0, 2.0, 1.0]]), jax.random.key(0), Sampling(temperature=0)).tolist()
+    [1]
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    lowest = jnp.finfo(logits_BV.dtype).min
+    if sampling.top_k is not None:
+        k = min(sampling.top_k, logits_BV.shape[-1])
+        kth_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, lowest, logits_BV)
+    if sampling.top_p is not None:
+        order_BV = jnp.flip(jnp.argsort(logits_BV, axis=-1), axis=-1)
+        sorted_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
+        # A token stays if those more probable than it have not reached p: the first always does.
+        stays_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV < sampling.top_p
+        rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+        keep_BV = jnp.zeros_like(stays_BV).at[rows_B1, order_BV].set(stays_BV)
+        logits_BV = jnp.where(keep_BV, logits_BV, lowest)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+def generate(
+    model: Transformer,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: jax.Array,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    stop_tokens: Sequence[int] = (),
+    slots: int | None = None,
+) -> Generation:
+    """Continues each prompt by up to `max_new_tokens` tokens, or up to and with a stop token.
+
+    Compiled once for each (model, batch size, slots, sampling, number of stop tokens): prompt
+    lengths and `max_new_tokens` may vary freely.
+
+    Args:
+      model: the Transformer.
+      params: its parameters (`variables["params"]`).
+      prompts: token ids, one sequence a row, of any lengths from 1.
+      key: PRNG key of the draws.
+      max_new_tokens: at most so many new tokens a row.
+      sampling: how tokens are drawn.
+      stop_tokens: ids that end a row.
+      slots: size of the cache, `config.max_length` by default.
+
+    Raises:
+      ValueError: if a prompt is empty, holds an id outside the vocabulary, or leaves no room for
+        the new tokens in the cache.
+
+    >>> from model.presets import gpt2_tiny
+    >>> model = Transformer(gpt2_tiny())
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> out = generate(model, params, [[1], [1, 2, 3]], key=jax.random.key(1), max_new_tokens=4)
+    >>> [len(row) for row in out.new_tokens()]
+    [4, 4]
+    """
+    config = model.config
+    slots = config.max_length if slots is None else slots
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1:
+        raise ValueError("every prompt needs at least one token; start from end-of-document")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if max(lengths) + max_new_tokens > slots:
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones need "
+            f"{max(lengths) + max_new_tokens} cache slots; there are {slots}"
+        )
+    # The buffer is a whole number of chunks, so that the last chunk of a prompt fits.
+    padded = -(-slots // CHUNK) * CHUNK
+    buffer = np.zeros((len(lengths), padded), np.int32)
+    for row, prompt in zip(buffer, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    if buffer.min() < 0 or buffer.max() >= config.vocabulary_size:
+        bad = buffer.max() if buffer.max() >= config.vocabulary_size else buffer.min()
+        raise ValueError(f"token id {bad} is outside the vocabulary of {config.vocabulary_size}")
+    tokens, ends = _generate(
+        model,
+        sampling,
+        slots,
+        params,
+        jnp.asarray(buffer),
+        jnp.asarray(lengths, jnp.int32),
+        jnp.asarray(max_new_tokens, jnp.int32),
+        jnp.asarray(stop_tokens, jnp.int32).reshape(-1),
+        key,
+    )
+    return Generation(tokens[:, :slots], ends, jnp.asarray(lengths, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    model: Transformer,
+    sampling: Sampling,
+    slots: int,
+    params: Any,
+    tokens_BS: jax.Array,
+    lengths_B: jax.Array,
+    max_new_tokens: jax.Array,
+    stop_tokens: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    variables = {"params": params}
+    B = tokens_BS.shape[0]
+    last_B = lengths_B - 1
+
+    def read_chunk(carry):
+        start, cache, final_BD = carry
+        chunk_BC = jax.lax.dynamic_slice_in_dim(tokens_BS, start, CHUNK, axis=1)
+        places = start + jnp.arange(CHUNK)
+        # Padding may reach past the learned positions; clipped, since nothing sees it.
+        positions = jnp.minimum(places, model.config.max_length - 1)[None] + jnp.zeros(
+            (B, 1), jnp.int32
+        )
+        out = model.apply(variables, chunk_BC, positions, cache=cache, method="features")
+        here_B = (last_B >= start) & (last_B < start + CHUNK)
+        offset_B = jnp.clip(last_B - start, 0, CHUNK - 1)
+        picked_BD = jnp.take_along_axis(out.final, offset_B[:, None, None], axis=1)[:, 0]
+        return start + CHUNK, out.cache, jnp.where(here_B[:, None], picked_BD, final_BD)
+
+    def next_token(final_BD, step):
+        logits_BV = model.apply(variables, final_BD, method="head")
+        return sample(logits_BV, jax.random.fold_in(key, step), sampling)
+
+    def put(tokens_BS, ids_B, places_B, live_B):
+        slots_B = jnp.where(live_B, places_B, tokens_BS.shape[1])  # past the end: dropped
+        return tokens_BS.at[jnp.arange(B), slots_B].set(ids_B, mode="drop")
+
+    def add_token(carry):
+        tokens_BS, cache, final_BD, ends_B, live_B, step = carry
+        ids_B = next_token(final_BD, step)
+        tokens_BS = put(tokens_BS, ids_B, ends_B, live_B)
+        ends_B = ends_B + live_B.astype(jnp.int32)
+        stopped_B = (ids_B[:, None] == stop_tokens[None]).any(axis=1)
+        live_B = live_B & ~stopped_B & (step + 1 < max_new_tokens)
+
+        def read(cache_final):
+            out = model.apply(variables, ids_B[:, None], cache=cache_final[0], method="features")
+            return out.cache, out.final[:, 0]
+
+        # The last token need not be read. A row that has stopped writes on past its end, unseen.
+        cache, final_BD = jax.lax.cond(live_B.any(), read, lambda same: same, (cache, final_BD))
+        return tokens_BS, cache, final_BD, ends_B, live_B, step + 1
+
+    config = model.config
+    cache = init_cache(config, B, slots)
+    final_BD = jnp.zeros((B, config.width), jnp.dtype(config.dtype))
+    _, cache, final_BD = jax.lax.while_loop(
+        lambda carry: carry[0] < lengths_B.max(), read_chunk, (jnp.int32(0), cache, final_BD)
+    )
+    cache = {**cache, "length": lengths_B}
+    start = (tokens_BS, cache, final_BD, lengths_B, jnp.ones((B,), bool), jnp.int32(0))
+    tokens_BS, _, _, ends_B, _, _ = jax.lax.while_loop(
+        lambda carry: carry[4].any(), add_token, start
+    )
+    return tokens_BS, ends_B

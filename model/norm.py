@@ -1,0 +1,40 @@
+"""LayerNorm and RMSNorm, computed in float32 whatever the type of the rest."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.linear import along_last, weight
+
+
+class Norm(nn.Module):
+    """Normalises the last axis of x [..., D], then scales it (and shifts it, if biased).
+
+    LayerNorm: `scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias` (Ba et al. 2016,
+    arXiv:1607.06450). RMSNorm: `scale * x / sqrt(mean(x^2) + epsilon)` (Zhang & Sennrich 2019,
+    arXiv:1910.07467).
+    """
+
+    kind: Literal["layernorm", "rmsnorm"]
+    epsilon: float
+    biases: bool
+    parameter_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = (x.shape[-1],)
+        scale = weight(self, "scale", nn.initializers.ones_init(), width, self.parameter_dtype)
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        y = x.astype(dtype)
+        if self.kind == "layernorm":
+            y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        y = y * along_last(scale, y)
+        if self.biases and self.kind == "layernorm":
+            zeros = nn.initializers.zeros_init()
+            y = y + along_last(weight(self, "bias", zeros, width, self.parameter_dtype), y)
+        return y.astype(x.dtype)

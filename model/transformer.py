@@ -1,0 +1,261 @@
+"""The Transformer language model: pure functions of (variables, tokens) behind one Linen module.
+
+All blocks are one stack of parameters, `blocks/...` with a leading layer axis; whether they run
+under `lax.scan` or in a Python loop is a setting and changes no parameter.
+
+Shapes: B batch, T time, D width, V vocabulary, L layers, N positions of any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.attention import Attention, Visibility, dot_product_attention
+from model.block import Block, norm
+from model.cache import Cache
+from model.config import TransformerConfig
+from model.linear import linear, take, weight
+from model.positions import rotation
+
+CAPTURES = ("hidden", "attention")
+
+
+class Features(NamedTuple):
+    """What the blocks compute.
+
+    Attributes:
+      final: [B, T, D], normalised; what the head reads.
+      hidden: [L + 1, B, T, D], the stream before each block and after the last, if captured.
+      attention: {"q": [L, B, T, H, K], "k": ..., "v": ...} as attended with, if captured.
+      cache: the cache with the new tokens in it, if one was given.
+    """
+
+    final: jax.Array
+    hidden: jax.Array | None = None
+    attention: dict[str, jax.Array] | None = None
+    cache: Cache | None = None
+
+
+def no_constraint(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The `constrain` of a model that is not laid out on a mesh."""
+    return x
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Attributes:
+      config: shape and parts.
+      attention: the attention function, `model.attention.dot_product_attention` by default; ring or
+        fused attention is passed in here.
+      constrain: `(array, logical axis names) -> array`, applied to the stream after the embedding
+        and after each block; a mesh lays out activations through it.
+
+    >>> from model.presets import gpt2_tiny
+    >>> model = Transformer(gpt2_tiny())
+    >>> tokens = jnp.zeros((2, 8), jnp.int32)
+    >>> variables = model.init(jax.random.key(0), tokens)
+    >>> variables["params"]["blocks"]["attention"]["q"]["kernel"].shape
+    (2, 32, 32)
+    >>> model.apply(variables, tokens).shape
+    (2, 8, 64)
+    """
+
+    config: TransformerConfig
+    attention: Attention = dot_product_attention
+    constrain: Callable[[jax.Array, tuple[str, ...]], jax.Array] = no_constraint
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.parameter_dtype)
+        normal = nn.initializers.normal(c.init_std)
+        self.token_embedding = Table((c.vocabulary_size, c.width), normal, "embedding", dtype)
+        if c.positions == "learned":
+            self.position_embedding = Table((c.max_length, c.width), normal, "embedding", dtype)
+        self.blocks = weight(self, "blocks", _init_blocks, (c,), None)
+        self.final_norm = norm(c, "final_norm")
+        if not c.tied_head:
+            # Named by hand: `head` is a method here.
+            shape = (c.width, c.vocabulary_size)
+            self.head_table = Table(shape, normal, "kernel", dtype, name="head")
+        self.dropout = nn.Dropout(c.dropout)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns logits [B, T, V] for token ids [B, T]; see `features`."""
+        final_BTD = self.features(tokens_BT, positions_BT, segments_BT).final
+        B, T, D = final_BTD.shape
+        return self.head(final_BTD.reshape(B * T, D)).reshape(B, T, -1)
+
+    def features(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        capture: Sequence[str] = (),
+    ) -> Features:
+        """Runs everything but the head.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 position of each token, by default its place in the row (after what
+            the cache holds).
+          segments_BT: int32 document of each token; tokens see their own document only.
+          cache: from `model.cache.init_cache` or an earlier call; the tokens follow what it holds.
+          capture: any of "hidden", "attention".
+
+        Raises:
+          ValueError: if the row is longer than the learned positions, a name in `capture` is
+            unknown, or segments are given together with a cache.
+        """
+        c = self.config
+        B, T = tokens_BT.shape
+        self._check(T, segments_BT, cache, capture)
+        first_B = None if cache is None else cache["length"]
+        if positions_BT is None:
+            positions_BT = jnp.arange(T)[None]
+            if first_B is not None:
+                positions_BT = positions_BT + first_B[:, None]
+        dtype = jnp.dtype(c.dtype)
+        x_BTD = take(self.token_embedding(), tokens_BT, dtype)
+        turn = None
+        if c.positions == "learned":
+            x_BTD = x_BTD + take(self.position_embedding(), positions_BT, dtype)
+        else:
+            turn = rotation(positions_BT, c.head_width_, c.rotary_base)
+        drops = c.dropout and self.has_rng("dropout")
+        x_BTD = self.dropout(x_BTD, deterministic=not drops)
+        x_BTD = self.constrain(x_BTD, ("batch", "time", "width"))
+
+        # parent=None: the block is a function here, not a submodule with parameters of its own.
+        block = Block(c, self.attention, parent=None)
+        layers = {
+            "params": self.blocks,
+            "key": jax.random.split(self.make_rng("dropout"), c.layers) if drops else None,
+            "window": jnp.array(c.window) if isinstance(c.window, tuple) else None,
+            "cache": None if cache is None else {"k": cache["k"], "v": cache["v"]},
+        }
+
+        def body(x_BTD: jax.Array, layer: dict[str, Any]):
+            window = c.window if layer["window"] is None else layer["window"]
+            y_BTD, out = block.apply(
+                {"params": layer["params"]},
+                x_BTD,
+                Visibility(first_B, segments_BT, window),
+                turn,
+                layer["cache"],
+                rngs={} if layer["key"] is None else {"dropout": layer["key"]},
+            )
+            y_BTD = self.constrain(y_BTD, ("batch", "time", "width"))
+            saved = {
+                "cache": out.cache,
+                "hidden": x_BTD if "hidden" in capture else None,
+                "attention": out.captured if "attention" in capture else None,
+            }
+            return y_BTD, saved
+
+        run = _scan if c.scan_layers else _loop
+        y_BTD, saved = run(_remat(body, c), x_BTD, layers)
+        hidden = saved["hidden"]
+        if hidden is not None:
+            hidden = jnp.concatenate([hidden, y_BTD[None]])
+        if cache is not None:
+            cache = {**cache, **saved["cache"], "length": cache["length"] + T}
+        return Features(self.final_norm(y_BTD), hidden, saved["attention"], cache)
+
+    def head(self, final_ND: jax.Array) -> jax.Array:
+        """Returns logits [N, V], at least float32, for normalised features [N, D]."""
+        c = self.config
+        kernel_DV = self.token_embedding().T if c.tied_head else self.head_table()
+        logits_NV = linear(final_ND, kernel_DV)
+        logits_NV = logits_NV.astype(jnp.promote_types(logits_NV.dtype, jnp.float32))
+        if c.logit_softcap is not None:
+            logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
+        return logits_NV
+
+    def _check(self, T: int, segments_BT, cache: Cache | None, capture: Sequence[str]) -> None:
+        c = self.config
+        if c.positions == "learned" and T > c.max_length:
+            raise ValueError(
+                f"{T} tokens do not fit the {c.max_length} learned positions of this model; "
+                "shorten the sequence or train with a larger max_length"
+            )
+        if unknown := [name for name in capture if name not in CAPTURES]:
+            raise ValueError(f"cannot capture {unknown}; choose from {', '.join(CAPTURES)}")
+        if cache is not None and segments_BT is not None:
+            raise ValueError("segments and a cache do not go together: decode one document a row")
+
+
+class Table(nn.Module):
+    """A parameter of its own, in a scope of its own."""
+
+    shape: tuple[int, int]
+    init_table: Callable[..., jax.Array]
+    leaf: str
+    parameter_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> Any:
+        """Returns the weight."""
+        return weight(self, self.leaf, self.init_table, self.shape, self.parameter_dtype)
+
+
+def _init_blocks(key: jax.Array, shape: tuple[TransformerConfig], dtype: None) -> Any:
+    """Draws the stacked parameters of all blocks: every leaf [L, ...]."""
+    (config,) = shape
+    block = Block(config, parent=None)
+    x = jnp.zeros((1, 1, config.width), config.dtype)
+    turn = None
+    if config.positions == "rotary":
+        turn = rotation(jnp.zeros((1, 1), jnp.int32), config.head_width_, config.rotary_base)
+    keys = jax.random.split(key, config.layers)
+    return jax.vmap(lambda k: block.init(k, x, Visibility(), turn, None)["params"])(keys)
+
+
+def _scan(body, x, layers):
+    return jax.lax.scan(body, x, layers)
+
+
+def _loop(body, x, layers):
+    """Like `lax.scan`, as a Python loop.
+
+    Leaves are split, not indexed: the gradient of a split is one concatenation, that of indexing
+    L leaf-sized additions.
+    """
+    leaves, structure = jax.tree.flatten(layers)
+    length = leaves[0].shape[0]
+    rows = zip(*(_unstack(leaf, length) for leaf in leaves), strict=True)
+    saved = []
+    for row in rows:
+        x, out = body(x, jax.tree.unflatten(structure, row))
+        saved.append(out)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *saved)
+
+
+def _unstack(leaf: jax.Array, length: int) -> list[jax.Array]:
+    if jnp.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    ):  # keys cannot be split; they have no gradient
+        return [leaf[i] for i in range(length)]
+    return [part.squeeze(0) for part in jax.lax.split(leaf, [1] * length)]
+
+
+def _remat(body, config: TransformerConfig):
+    if config.remat == "none":
+        return body
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    # Inside a scan the loop already keeps XLA from merging the recomputation away.
+    return jax.checkpoint(body, policy=policies[config.remat], prevent_cse=not config.scan_layers)
