@@ -1,7 +1,7 @@
 """Generation: prompts of any lengths in, tokens out, one compilation for all of them.
 
-Prompts go through the model in chunks of a fixed size inside one `while_loop`, then tokens follow one
-by one. Every row keeps its own length in the cache, so ragged prompts need no mask.
+Prompts go through the model in chunks of a fixed size inside one `while_loop`, then tokens follow
+one by one. Every row keeps its own length in the cache, so ragged prompts need no mask.
 
 Shapes: B batch, S cache slots, C chunk, D width, V vocabulary.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.cache import init_cache
-from model.transformer import Transformer
+from model.transformer import Transformer, features, head
 
 CHUNK = 32  # prompt tokens per pass: products are near full speed on CPU, padding stays small
 
@@ -108,7 +108,7 @@ def generate(
     *,
     key: jax.Array,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     stop_tokens: Sequence[int] = (),
     slots: int | None = None,
 ) -> Generation:
@@ -184,7 +184,6 @@ def _generate(
     stop_tokens: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    variables = {"params": params}
     B = tokens_BS.shape[0]
     last_B = lengths_B - 1
 
@@ -196,14 +195,14 @@ def _generate(
         positions = jnp.minimum(places, model.config.max_length - 1)[None] + jnp.zeros(
             (B, 1), jnp.int32
         )
-        out = model.apply(variables, chunk_BC, positions, cache=cache, method="features")
+        out = features(model, params, chunk_BC, positions, cache=cache)
         here_B = (last_B >= start) & (last_B < start + CHUNK)
         offset_B = jnp.clip(last_B - start, 0, CHUNK - 1)
         picked_BD = jnp.take_along_axis(out.final, offset_B[:, None, None], axis=1)[:, 0]
         return start + CHUNK, out.cache, jnp.where(here_B[:, None], picked_BD, final_BD)
 
     def next_token(final_BD, step):
-        logits_BV = model.apply(variables, final_BD, method="head")
+        logits_BV = head(model, params, final_BD)
         return sample(logits_BV, jax.random.fold_in(key, step), sampling)
 
     def put(tokens_BS, ids_B, places_B, live_B):
@@ -219,7 +218,7 @@ def _generate(
         live_B = live_B & ~stopped_B & (step + 1 < max_new_tokens)
 
         def read(cache_final):
-            out = model.apply(variables, ids_B[:, None], cache=cache_final[0], method="features")
+            out = features(model, params, ids_B[:, None], cache=cache_final[0])
             return out.cache, out.final[:, 0]
 
         # The last token need not be read. A row that has stopped writes on past its end, unseen.

@@ -27,7 +27,7 @@ def weight(module: nn.Module, name: str, init: Initializer, shape: Sequence[int]
     """
     if module.is_initializing():
         return module.param(name, init, tuple(shape), dtype)
-    value = module.get_variable("params", name)
+    value: Weight = module.get_variable("params", name)
     if value is None:
         path = "/".join((*module.path, name))
         raise ValueError(f"the parameters hold no {path}; were they made for another config?")

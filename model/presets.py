@@ -1,4 +1,4 @@
-"""Named configs. A preset is a function that returns one; a variant is an override or a `replace`."""
+"""Named configs: a preset is a function that returns one, a variant is an override."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def llama(**overrides: Any) -> TransformerConfig:
     >>> llama(layers=2, width=64, heads=4, kv_heads=2, ffn_width=192).activation
     'swiglu'
     """
-    shape = {
+    shape: dict[str, Any] = {
         "vocabulary_size": 32_000,
         "max_length": 4096,
         "layers": 32,
@@ -65,7 +65,7 @@ def llama(**overrides: Any) -> TransformerConfig:
         "heads": 32,
         "ffn_width": 11_008,
     }
-    parts = {
+    parts: dict[str, Any] = {
         "positions": "rotary",
         "norm": "rmsnorm",
         "biases": False,
@@ -100,7 +100,7 @@ def modern(**overrides: Any) -> TransformerConfig:
     >>> modern().qk_norm
     True
     """
-    parts = {
+    parts: dict[str, Any] = {
         "positions": "rotary",
         "norm": "rmsnorm",
         "biases": False,

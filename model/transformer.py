@@ -9,14 +9,14 @@ Shapes: B batch, T time, D width, V vocabulary, L layers, N positions of any bat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model.attention import Attention, Visibility, dot_product_attention
-from model.block import Block, norm
+from model.block import Block, BlockOutput, norm
 from model.cache import Cache
 from model.config import TransformerConfig
 from model.linear import linear, take, weight
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         self.token_embedding = Table((c.vocabulary_size, c.width), normal, "embedding", dtype)
         if c.positions == "learned":
             self.position_embedding = Table((c.max_length, c.width), normal, "embedding", dtype)
-        self.blocks = weight(self, "blocks", _init_blocks, (c,), None)
+        self.blocks = weight(self, "blocks", _init_blocks(c), (), None)
         self.final_norm = norm(c, "final_norm")
         if not c.tied_head:
             # Named by hand: `head` is a method here.
@@ -147,14 +147,12 @@ class Transformer(nn.Module):
         }
 
         def body(x_BTD: jax.Array, layer: dict[str, Any]):
-            window = c.window if layer["window"] is None else layer["window"]
-            y_BTD, out = block.apply(
-                {"params": layer["params"]},
-                x_BTD,
-                Visibility(first_B, segments_BT, window),
-                turn,
-                layer["cache"],
-                rngs={} if layer["key"] is None else {"dropout": layer["key"]},
+            window: Any = c.window if layer["window"] is None else layer["window"]
+            rngs = {} if layer["key"] is None else {"dropout": layer["key"]}
+            args = (x_BTD, Visibility(first_B, segments_BT, window), turn, layer["cache"])
+            y_BTD, out = cast(
+                tuple[jax.Array, BlockOutput],
+                block.apply({"params": layer["params"]}, *args, rngs=rngs),
             )
             y_BTD = self.constrain(y_BTD, ("batch", "time", "width"))
             saved = {
@@ -196,6 +194,28 @@ class Transformer(nn.Module):
             raise ValueError("segments and a cache do not go together: decode one document a row")
 
 
+def features(
+    model: Transformer,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    *,
+    cache: Cache | None = None,
+    capture: Sequence[str] = (),
+    dropout_key: jax.Array | None = None,
+) -> Features:
+    """`Transformer.features` as a plain function; dropout is on where a key is given."""
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    args = (tokens_BT, positions_BT, segments_BT, cache, tuple(capture))
+    return cast(Features, model.apply({"params": params}, *args, rngs=rngs, method="features"))
+
+
+def head(model: Transformer, params: Any, final_ND: jax.Array) -> jax.Array:
+    """`Transformer.head` as a plain function: logits [N, V] of features [N, D]."""
+    return cast(jax.Array, model.apply({"params": params}, final_ND, method="head"))
+
+
 class Table(nn.Module):
     """A parameter of its own, in a scope of its own."""
 
@@ -210,16 +230,19 @@ class Table(nn.Module):
         return weight(self, self.leaf, self.init_table, self.shape, self.parameter_dtype)
 
 
-def _init_blocks(key: jax.Array, shape: tuple[TransformerConfig], dtype: None) -> Any:
-    """Draws the stacked parameters of all blocks: every leaf [L, ...]."""
-    (config,) = shape
-    block = Block(config, parent=None)
-    x = jnp.zeros((1, 1, config.width), config.dtype)
-    turn = None
-    if config.positions == "rotary":
-        turn = rotation(jnp.zeros((1, 1), jnp.int32), config.head_width_, config.rotary_base)
-    keys = jax.random.split(key, config.layers)
-    return jax.vmap(lambda k: block.init(k, x, Visibility(), turn, None)["params"])(keys)
+def _init_blocks(config: TransformerConfig) -> Callable[..., Any]:
+    """Returns the initializer of the stacked parameters of all blocks: every leaf [L, ...]."""
+
+    def init(key: jax.Array, shape: tuple[()], dtype: None) -> Any:
+        block = Block(config, parent=None)
+        x = jnp.zeros((1, 1, config.width), config.dtype)
+        turn = None
+        if config.positions == "rotary":
+            turn = rotation(jnp.zeros((1, 1), jnp.int32), config.head_width_, config.rotary_base)
+        keys = jax.random.split(key, config.layers)
+        return jax.vmap(lambda k: block.init(k, x, Visibility(), turn, None)["params"])(keys)
+
+    return init
 
 
 def _scan(body, x, layers):
@@ -243,9 +266,8 @@ def _loop(body, x, layers):
 
 
 def _unstack(leaf: jax.Array, length: int) -> list[jax.Array]:
-    if jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    ):  # keys cannot be split; they have no gradient
+    # Keys cannot be split, and have no gradient.
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return [leaf[i] for i in range(length)]
     return [part.squeeze(0) for part in jax.lax.split(leaf, [1] * length)]
 
