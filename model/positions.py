@@ -36,7 +36,8 @@ def rotate(x_BTNK: jax.Array, by: Rotation) -> jax.Array:
     >>> bool((rotate(x, rotation(jnp.zeros((1, 1), int), 4, 10_000.0)) == x).all())
     True
     """
-    cos, sin = (a[:, :, None, :] for a in by)
-    x, y = jnp.split(x_BTNK.astype(cos.dtype), 2, axis=-1)
+    dtype = jnp.promote_types(x_BTNK.dtype, jnp.float32)
+    cos, sin = (a[:, :, None, :].astype(dtype) for a in by)
+    x, y = jnp.split(x_BTNK.astype(dtype), 2, axis=-1)
     turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=-1)
     return turned.astype(x_BTNK.dtype)

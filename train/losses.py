@@ -1,0 +1,201 @@
+"""Loss terms, and the loss function that they make together.
+
+Shapes: B batch, T time, N positions of a chunk (any of the B * T), V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.transformer import Transformer, features, head
+from train.plugs import (
+    Batch,
+    Context,
+    LossFunction,
+    LossTerm,
+    Metrics,
+    PyTree,
+    View,
+    WeightTransform,
+    merge,
+)
+
+
+def cross_entropy(label_smoothing: float = 0.0, *, weight: Any = 1.0) -> LossTerm:
+    """-log p(target), summed over the positions with their `weights`.
+
+    With label smoothing e (Szegedy et al. 2016, arXiv:1512.00567) the target distribution is
+    `(1 - e) * onehot + e / V`.
+
+    >>> term = cross_entropy()
+    >>> batch = {"targets": jnp.array([1, 0]), "weights": jnp.array([1.0, 0.0])}
+    >>> round(float(term.total(View(jnp.zeros((2, 4)), None, None), batch, None)), 4)  # log 4
+    1.3863
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
+
+    def total(view: View, batch: Batch, context: Context) -> jax.Array:
+        logits_NV = _logits(view)
+        loss_N = jax.nn.logsumexp(logits_NV, axis=-1) - _pick(logits_NV, batch["targets"])
+        if label_smoothing:
+            uniform_N = jax.nn.logsumexp(logits_NV, axis=-1) - logits_NV.mean(axis=-1)
+            loss_N = (1 - label_smoothing) * loss_N + label_smoothing * uniform_N
+        return _weighted(loss_N, batch)
+
+    return LossTerm("cross_entropy", total, weight=weight)
+
+
+def z_loss(*, weight: Any = 1e-4) -> LossTerm:
+    """log(Z)^2, which keeps logits from drifting (PaLM, arXiv:2204.02311; weight 1e-4 there)."""
+
+    def total(view: View, batch: Batch, context: Context) -> jax.Array:
+        return _weighted(jnp.square(jax.nn.logsumexp(_logits(view), axis=-1)), batch)
+
+    return LossTerm("z_loss", total, weight=weight)
+
+
+def mean_squared_error(
+    predict: Callable[[View], jax.Array], target: str = "values", *, weight: Any = 1.0
+) -> LossTerm:
+    """(prediction - target)^2, averaged over the examples.
+
+    Args:
+      predict: `view -> [B]`; sees the features of the batch and the weights.
+      target: name of the batch field with what should have come out, float32 [B].
+      weight: a number or a function of the step.
+
+    >>> term = mean_squared_error(lambda view: view.features)
+    >>> batch = {"values": jnp.array([1.0, 2.0])}
+    >>> float(term.total(View(None, jnp.array([1.0, 4.0]), None), batch, None) / term.count(batch))
+    2.0
+    """
+
+    def total(view: View, batch: Batch, context: Context) -> jax.Array:
+        return jnp.square(predict(view) - batch[target]).sum()
+
+    def count(batch: Batch) -> jax.Array:
+        return jnp.float32(batch[target].size)
+
+    return LossTerm("mean_squared_error", total, count, weight, over="features")
+
+
+def loss_function(
+    model: Transformer,
+    terms: Sequence[LossTerm],
+    transforms: Sequence[WeightTransform] = (),
+    chunk: int | None = None,
+) -> LossFunction:
+    """Returns `(params, batch, context) -> (loss, metrics)`, the sum of all terms.
+
+    Args:
+      model: the Transformer.
+      terms: the parts of the loss; names must differ.
+      transforms: applied to the parameters in order, after `context.frozen["params"]` was merged
+        into them.
+      chunk: positions whose logits exist at a time; the backward pass computes them again, so
+        that [B, T, V] is never held. None for all at once. The loss is the same.
+
+    Raises:
+      ValueError: without terms, for two of one name, or a chunk below 1.
+    """
+    names = [term.name for term in terms]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"a loss needs terms of different names, not {names}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"the loss chunk is {chunk} positions; it must be at least 1")
+    over_logits = [term for term in terms if term.over == "logits"]
+    capture = tuple(sorted({name for term in terms for name in term.capture}))
+
+    def loss(params: PyTree, batch: Batch, context: Context) -> tuple[jax.Array, Metrics]:
+        weights = merge(params, context.frozen.get("params", {}))
+        for transform in transforms:
+            weights = transform.apply(weights, context)
+        dropout_key = context.rng if model.config.dropout else None
+        out = features(
+            model,
+            weights,
+            batch["tokens"],
+            batch.get("positions"),
+            batch.get("segments"),
+            capture=capture,
+            dropout_key=dropout_key,
+        )
+        totals = {
+            term.name: term.total(View(None, out, weights), batch, context)
+            for term in terms
+            if term.over == "features"
+        }
+
+        def over_chunk(final_ND: jax.Array, batch_N: Batch) -> dict[str, jax.Array]:
+            view = View(head(model, weights, final_ND), None, weights)
+            return {term.name: term.total(view, batch_N, context) for term in over_logits}
+
+        if over_logits:
+            rows = {"final": out.final, **_by_position(batch)}
+            totals |= _sum_chunks(over_chunk, rows, chunk)
+        means = {name: total / context.counts[name] for name, total in totals.items()}
+        value = sum(_weight(term, context.step) * means[term.name] for term in terms)
+        return jnp.asarray(value), {"loss": value, **means}
+
+    return loss
+
+
+def counts_of(terms: Sequence[LossTerm], batch: Batch) -> dict[str, jax.Array]:
+    """Returns what each term divides by: its count over the batch, at least 1."""
+    return {term.name: jnp.maximum(term.count(batch), 1.0) for term in terms}
+
+
+def _by_position(batch: Batch) -> Batch:
+    """Returns the arrays of the batch that have one row for each position."""
+    shape = batch["tokens"].shape
+    return {name: array for name, array in batch.items() if array.shape[:2] == shape}
+
+
+def _sum_chunks(over_chunk, rows: Batch, chunk: int | None) -> dict[str, jax.Array]:
+    flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in rows.items()}
+    positions = flat["final"].shape[0]
+    if chunk is None or chunk >= positions:
+        return over_chunk(flat.pop("final"), flat)
+    chunks = -(-positions // chunk)
+    missing = chunks * chunk - positions  # padded with zeros, weight 0 included
+
+    def split(a: jax.Array) -> jax.Array:
+        padded = jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
+        return padded.reshape(chunks, chunk, *a.shape[1:])
+
+    @jax.checkpoint
+    def body(sums, rows_N):
+        final_ND = rows_N.pop("final")
+        return jax.tree.map(jnp.add, sums, over_chunk(final_ND, rows_N)), None
+
+    split_rows = {name: split(a) for name, a in flat.items()}
+    first = {name: a[0] for name, a in split_rows.items()}
+    shapes = jax.eval_shape(lambda r: over_chunk(r.pop("final"), r), first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(body, zeros, split_rows)[0]
+
+
+def _logits(view: View) -> jax.Array:
+    assert view.logits is not None
+    return view.logits
+
+
+def _pick(logits_NV: jax.Array, ids_N: jax.Array) -> jax.Array:
+    """logits[n, ids[n]], by comparison: its gradient fuses, that of a gather is a slow scatter."""
+    here_NV = jnp.arange(logits_NV.shape[-1])[None] == ids_N[:, None]
+    return jnp.where(here_NV, logits_NV, 0).sum(axis=-1)
+
+
+def _weighted(loss_N: jax.Array, batch: Batch) -> jax.Array:
+    """The weighted sum; positions without weight count nothing, whatever they hold."""
+    weights_N = batch["weights"].astype(loss_N.dtype)
+    return jnp.where(weights_N > 0, loss_N * weights_N, 0).sum()
+
+
+def _weight(term: LossTerm, step: jax.Array) -> Any:
+    return term.weight(step) if callable(term.weight) else term.weight

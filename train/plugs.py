@@ -1,0 +1,172 @@
+"""What a training step is made of: its state, its context, and the shapes of its plugs.
+
+    batch -> apply(transforms(params), batch) -> loss terms -> gradient function -> optimizer
+
+Each plug is a named tuple of pure functions, or one function; `train.step` runs them all under one
+jit. Anything a method must remember lies in `State.extra` under the method's name, so that what
+resumes a run resumes every method in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import flax.struct
+import jax
+
+from model.transformer import Features
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+Metrics = dict[str, Any]
+
+
+@flax.struct.dataclass
+class State:
+    """All that training changes, one pytree, donated to each step.
+
+    Attributes:
+      step: int32 scalar, batches seen.
+      params: the floating-point leaves that train, and no others.
+      optimizer: the optimizer's state.
+      rng: the run's PRNG key; never changes, each step folds its number into it.
+      extra: method name -> what that method carries from step to step.
+    """
+
+    step: jax.Array
+    params: PyTree
+    optimizer: PyTree
+    rng: jax.Array
+    extra: dict[str, PyTree]
+
+
+class Context(NamedTuple):
+    """What a plug may look at besides its arguments.
+
+    Attributes:
+      step: int32 scalar.
+      rng: key of this step (of this micro-batch, inside a loss), or None in evaluation: no dropout.
+      frozen: what does not train (a teacher, a LoRA base), or {}.
+      extra: `State.extra`.
+      counts: loss term name -> its count over the whole global batch, at least 1.
+    """
+
+    step: jax.Array
+    rng: jax.Array | None
+    frozen: PyTree
+    extra: dict[str, PyTree]
+    counts: dict[str, jax.Array]
+
+
+class View(NamedTuple):
+    """What a loss term sees of the model.
+
+    Attributes:
+      logits: [N, V] of the positions at hand, for a term over logits; None otherwise.
+      features: what the blocks computed for the whole (micro-)batch, for a term over features.
+      weights: the parameters that the model ran with, after the weight transforms.
+    """
+
+    logits: jax.Array | None
+    features: Features | None
+    weights: PyTree
+
+
+def position_count(batch: Batch) -> jax.Array:
+    """The number of positions that carry loss: the sum of `weights`."""
+    return batch["weights"].sum()
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """Plug 2: a part of the loss, `weight(step) * total / count`.
+
+    Attributes:
+      name: what it is called in the metrics.
+      total: `(view, batch, context) -> scalar`, a sum over what `count` counts. For a term over
+        logits, `view.logits` is [N, V] and every array of the batch that is laid out by position
+        has N rows: the term is written for a chunk of positions and never sees how many there are.
+      count: `batch -> scalar`; sees the batch alone, so that it can be summed over micro-batches
+        and devices before any gradient is taken.
+      weight: a number, or a function of the step.
+      over: "logits" or "features".
+      capture: what of `Features` it needs ("hidden", "attention").
+    """
+
+    name: str
+    total: Callable[[View, Batch, Context], jax.Array]
+    count: Callable[[Batch], jax.Array] = position_count
+    weight: float | Callable[[jax.Array], jax.Array] = 1.0
+    over: Literal["logits", "features"] = "logits"
+    capture: tuple[str, ...] = ()
+
+
+def _no_extra(params: PyTree, frozen: PyTree) -> PyTree:
+    return {}
+
+
+def _same_extra(extra: PyTree, params: PyTree, grads: PyTree, context: Context) -> PyTree:
+    return extra
+
+
+class WeightTransform(NamedTuple):
+    """Plug 1: what happens to the parameters before the model sees them.
+
+    Attributes:
+      name: its key in `State.extra`.
+      apply: `(weights, context) -> weights`, pure, inside the gradient.
+      init: `(params, frozen) -> extra`.
+      update: `(extra, params, grads, context) -> extra`, once a step, with the raw gradient.
+    """
+
+    name: str
+    apply: Callable[[PyTree, Context], PyTree]
+    init: Callable[[PyTree, PyTree], PyTree] = _no_extra
+    update: Callable[[PyTree, PyTree, PyTree, Context], PyTree] = _same_extra
+
+
+class LossFunction(Protocol):
+    """`(params, batch, context) -> (loss, metrics)`, both already divided by the global counts."""
+
+    def __call__(
+        self, params: PyTree, batch: Batch, context: Context
+    ) -> tuple[jax.Array, Metrics]: ...
+
+
+class GradientFunction(Protocol):
+    """Plug 3a: `(loss, params, batch, context) -> (grads, metrics)`."""
+
+    def __call__(
+        self, loss: LossFunction, params: PyTree, batch: Batch, context: Context
+    ) -> tuple[PyTree, Metrics]: ...
+
+
+def whole(
+    loss: LossFunction, params: PyTree, batch: Batch, context: Context
+) -> tuple[PyTree, Metrics]:
+    """The plain gradient function: that of the whole batch at once.
+
+    >>> import jax.numpy as jnp
+    >>> loss = lambda params, batch, context: (params * batch["x"].sum(), {})
+    >>> float(whole(loss, jnp.float32(2), {"x": jnp.ones(3)}, None)[0])
+    3.0
+    """
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, context)
+    return grads, metrics
+
+
+def merge(params: PyTree, frozen: PyTree) -> PyTree:
+    """Returns one nested dict out of the leaves that train and those that do not.
+
+    >>> merge({"head": {"kernel": 1}}, {"head": {"bias": 2}, "table": 3})
+    {'head': {'kernel': 1, 'bias': 2}, 'table': 3}
+    """
+    merged = dict(params)
+    for name, value in frozen.items():
+        both = isinstance(merged.get(name), dict) and isinstance(value, dict)
+        if name in merged and not both:
+            raise ValueError(f"{name!r} is among the parameters that train and among the frozen")
+        merged[name] = merge(merged[name], value) if both else value
+    return merged

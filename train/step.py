@@ -1,0 +1,209 @@
+"""The training step: one pure function, whatever is plugged into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model.rules import is_stacked, path_of
+from model.transformer import Transformer
+from train.losses import counts_of, loss_function
+from train.plugs import (
+    Batch,
+    Context,
+    GradientFunction,
+    LossFunction,
+    LossTerm,
+    Metrics,
+    PyTree,
+    State,
+    WeightTransform,
+    whole,
+)
+
+Step = Callable[[State, PyTree, Batch], tuple[State, Metrics]]
+NONFINITE = "nonfinite"
+
+
+def init_state(
+    key: jax.Array,
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    transforms: Sequence[WeightTransform] = (),
+    frozen: PyTree | None = None,
+) -> State:
+    """Returns the state before the first step.
+
+    Args:
+      key: the run's key, from which every draw of training comes.
+      params: the parameters that train.
+      optimizer: its state is initialised for them.
+      transforms: each puts what it carries into `extra`.
+      frozen: what does not train.
+
+    Raises:
+      ValueError: if two transforms have one name.
+    """
+    names = [transform.name for transform in transforms]
+    if len(set(names)) < len(names) or NONFINITE in names:
+        raise ValueError(f"weight transforms need names of their own, not {names}")
+    extra = {t.name: t.init(params, {} if frozen is None else frozen) for t in transforms}
+    extra[NONFINITE] = {"in_a_row": jnp.int32(0), "total": jnp.int32(0)}
+    return State(jnp.int32(0), params, optimizer.init(params), key, extra)
+
+
+def make_train_step(
+    model: Transformer,
+    terms: Sequence[LossTerm],
+    optimizer: optax.GradientTransformation,
+    *,
+    transforms: Sequence[WeightTransform] = (),
+    gradient: GradientFunction = whole,
+    micro_batches: int = 1,
+    loss_chunk: int | None = None,
+    max_nonfinite: int = 5,
+    log_norms: bool = False,
+) -> Step:
+    """Returns `step(state, frozen, batch) -> (state, metrics)`, pure and not yet compiled.
+
+    The loss is `sum_t weight_t * total_t / max(count_t, 1)` over the terms t, with counts
+    taken over the whole batch before it is split: k micro-batches give the gradient of one batch of
+    k times the size, whatever the padding.
+
+    A step whose loss or gradient is not finite changes nothing but the step number and two
+    counters. After `max_nonfinite` of them in a row the step does nothing at all, so that the
+    caller, who learns of it later, still holds the parameters of the last good step.
+
+    Args:
+      model: the Transformer.
+      terms: the loss.
+      optimizer: any Optax transformation; it is also given `value=` (the loss) and `grads=` (the
+        raw gradient).
+      transforms: weight transforms.
+      gradient: the gradient function.
+      micro_batches: parts that the batch is split into, one after the other.
+      loss_chunk: see `train.losses.loss_function`.
+      max_nonfinite: see above.
+      log_norms: add the norms of gradient, update and weight of every parameter, by layer.
+
+    Raises:
+      ValueError: if the batch does not divide into the micro-batches (when traced).
+    """
+    loss = loss_function(model, terms, transforms, loss_chunk)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(state: State, frozen: PyTree, batch: Batch) -> tuple[State, Metrics]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        context = Context(state.step, rng, frozen, state.extra, counts_of(terms, batch))
+        grads, metrics = _accumulate(gradient, loss, state.params, batch, context, micro_batches)
+
+        norm = optax.tree.norm(grads)
+        counters = state.extra[NONFINITE]
+        stopped = counters["in_a_row"] >= max_nonfinite
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        good = finite & ~stopped
+
+        updates, optimizer_state = optimizer.update(
+            grads, state.optimizer, state.params, value=metrics["loss"], grads=grads
+        )
+        params = optax.apply_updates(state.params, updates)
+        extra = {
+            t.name: t.update(state.extra[t.name], state.params, grads, context) for t in transforms
+        }
+        old = (state.params, state.optimizer, {t.name: state.extra[t.name] for t in transforms})
+        params, optimizer_state, extra = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, optimizer_state, extra), old
+        )
+        bad = (~finite & ~stopped).astype(jnp.int32)
+        in_a_row = jnp.where(good, 0, counters["in_a_row"] + bad)
+        extra[NONFINITE] = {"in_a_row": in_a_row, "total": counters["total"] + bad}
+
+        metrics = {
+            **metrics,
+            "gradient_norm": norm,
+            "tokens": batch["weights"].sum(),
+            "skipped": ~good,
+            "nonfinite_in_a_row": in_a_row,
+        }
+        if log_norms:
+            trees = {"gradient": grads, "update": updates, "weight": state.params}
+            metrics["norms"] = {name: layer_norms(tree) for name, tree in trees.items()}
+        number = state.step + (~stopped).astype(jnp.int32)
+        return State(number, params, optimizer_state, state.rng, extra), metrics
+
+    return step
+
+
+def make_evaluation_step(
+    model: Transformer,
+    terms: Sequence[LossTerm],
+    transforms: Sequence[WeightTransform] = (),
+    loss_chunk: int | None = None,
+) -> Callable[[State, PyTree, Batch], dict[str, dict[str, jax.Array]]]:
+    """Returns `(state, frozen, batch) -> {term: {"total", "count"}}`, without dropout.
+
+    Sums, so that the mean over many batches weighs every position alike.
+    """
+    loss = loss_function(model, terms, transforms, loss_chunk)
+
+    def evaluate(state: State, frozen: PyTree, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+        ones = {term.name: jnp.float32(1) for term in terms}
+        context = Context(state.step, None, frozen, state.extra, ones)
+        _, totals = loss(state.params, batch, context)
+        return {t.name: {"total": totals[t.name], "count": t.count(batch)} for t in terms}
+
+    return evaluate
+
+
+def layer_norms(tree: PyTree) -> dict[str, jax.Array]:
+    """Returns the L2 norm of every leaf by path; of stacked leaves one norm a layer, [L].
+
+    >>> layer_norms({"blocks": {"kernel": jnp.ones((2, 3, 3))}, "head": {"kernel": jnp.ones(4)}})
+    {'blocks/kernel': Array([3., 3.], dtype=float32), 'head/kernel': Array(2., dtype=float32)}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+
+    def norm(path: str, leaf: jax.Array) -> jax.Array:
+        axes = tuple(range(1 if is_stacked(path) else 0, leaf.ndim))
+        return jnp.sqrt(jnp.square(leaf.astype(jnp.float32)).sum(axis=axes))
+
+    return {path_of(key_path): norm(path_of(key_path), leaf) for key_path, leaf in leaves}
+
+
+def _accumulate(
+    gradient: GradientFunction,
+    loss: LossFunction,
+    params: PyTree,
+    batch: Batch,
+    context: Context,
+    parts: int,
+) -> tuple[PyTree, Metrics]:
+    """Sums gradients and metrics over the parts of the batch (both are shares of global means)."""
+    if parts == 1:
+        return gradient(loss, params, batch, context)
+    rows = batch["tokens"].shape[0]
+    if rows % parts:
+        raise ValueError(
+            f"a batch of {rows} rows does not divide into {parts} micro-batches; "
+            f"make the batch a multiple of {parts}"
+        )
+    split = jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), batch)
+
+    def part(number, batch):
+        rng = None if context.rng is None else jax.random.fold_in(context.rng, number)
+        return gradient(loss, params, batch, context._replace(rng=rng))
+
+    def add(sums, numbered):
+        new = part(*numbered)
+        return jax.tree.map(lambda s, n: s + n.astype(s.dtype), sums, new), None
+
+    # Sums are at least float32: bfloat16 would lose what late micro-batches add.
+    shapes = jax.eval_shape(part, jnp.int32(0), jax.tree.map(lambda a: a[0], split))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+    )
+    (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), metrics
