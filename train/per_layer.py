@@ -1,0 +1,54 @@
+"""An optimizer that looks at whole tensors, on stacked parameters: one layer at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from model.rules import is_stacked, path_of
+
+
+def per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Applies ``tx`` to each layer of the stacked leaves by itself, and to all other leaves.
+
+    For transformations that look at a whole tensor or several (factored moments, trust ratios,
+    block-wise clipping, SOAP, Shampoo): they see one block at a time, as if it were not stacked.
+    Every array of the stacked part's state has the layers along its leading axis, counts included.
+    An extra argument with the structure of the parameters goes by layer too; any other is given
+    whole to every layer.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"blocks": {"up": {"kernel": jnp.ones((3, 2, 2))}}}
+    >>> tx = per_layer(optax.clip_by_global_norm(1.0))
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> updates["blocks"]["up"]["kernel"][:, 0, 0].tolist()  # each layer has norm 1
+    [0.5, 0.5, 0.5]
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params):
+        return jax.vmap(tx.init)(params) if jax.tree.leaves(params) else tx.init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        if not jax.tree.leaves(updates):
+            return tx.update(updates, state, params, **extra_args)
+        like_params: Any = jax.tree.structure(updates)
+        by_layer = {k: v for k, v in extra_args.items() if jax.tree.structure(v) == like_params}
+        whole = {k: v for k, v in extra_args.items() if k not in by_layer}
+
+        def one_layer(updates, state, params, by_layer):
+            return tx.update(updates, state, params, **by_layer, **whole)
+
+        return jax.vmap(one_layer)(updates, state, params, by_layer)
+
+    def labels(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda key_path, _: "stacked" if is_stacked(path_of(key_path)) else "rest", tree
+        )
+
+    stacked = optax.GradientTransformationExtraArgs(init, update)
+    return optax.partition(
+        {"stacked": stacked, "rest": tx}, labels, mask_compatible_extra_args=True
+    )
