@@ -1,0 +1,271 @@
+"""The loop around the step: it feeds, watches and saves, and keeps out of the step's way.
+
+At most two steps are in flight: before step i is dispatched the host waits for the metrics of
+step i - 2, never for those of the newest. That bounds memory, keeps the device busy, and XLA:CPU
+with several virtual devices deadlocks without a bound.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+import optax
+
+from train.meters import Clock, joules, utilization
+from train.plugs import Metrics, PyTree, State
+from train.records import Record
+from train.step import NONFINITE, Step
+from train.stop import stop_requests
+
+IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop does besides stepping; none of it changes what is learned.
+
+    Attributes:
+      log_every: steps between two rows of the record.
+      evaluate_every: steps between two evaluations on the whole held-out split; None for one at the
+        end alone.
+      checkpoint_every: steps between two checkpoints; one is always written at the end.
+      target_loss: stop at the first evaluation at or under it.
+      profile: (first, last) step of a trace written to `profile/` of the run.
+    """
+
+    log_every: int = 10
+    evaluate_every: int | None = None
+    checkpoint_every: int = 500
+    target_loss: float | None = None
+    profile: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for name in ("log_every", "evaluate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1 step")
+        if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile runs from {self.profile[0]} to {self.profile[1]}")
+
+
+@dataclass
+class Outcome:
+    """How a phase ended.
+
+    Attributes:
+      state: the last state; that of the last good step after losses that were not finite.
+      reason: "finished", "target", "nonfinite" or "signal".
+      signal: its number, if one was caught.
+      evaluation: the last evaluation, name -> mean.
+      seconds: wall-clock seconds by kind: compile, data, step, evaluation, checkpoint.
+    """
+
+    state: State
+    reason: Literal["finished", "target", "nonfinite", "signal"]
+    signal: int | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Reporter(Protocol):
+    """Shows a person how it goes; see `train.progress`."""
+
+    def advance(self, step: int, values: dict[str, float]) -> None:
+        """After each step that was waited for."""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+
+
+class _Silent:
+    def advance(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+SILENT: Reporter = _Silent()
+
+
+def train(
+    step: Step,
+    state: State,
+    frozen: PyTree,
+    batches: Callable[[int, int], Iterator[dict[str, np.ndarray]]],
+    *,
+    until: int,
+    record: Record,
+    settings: LoopSettings = LoopSettings(),
+    evaluate: Callable[[State], dict[str, float]] | None = None,
+    save: Callable[[int, State, float | None], None] | None = None,
+    learning_rate: optax.Schedule | None = None,
+    flops_per_token: float = 0.0,
+    max_nonfinite: int = 5,
+    trace_folder: str = "profile",
+    reporter: Reporter = SILENT,
+) -> Outcome:
+    """Runs the compiled `step` from `state.step` to `until`, or to a reason to stop.
+
+    Args:
+      step: compiled, `(state, frozen, batch) -> (state, metrics)`; donates its state.
+      state: where to start; its buffers are gone afterwards.
+      frozen: what does not train.
+      batches: `(first, last) -> iterator` over the batches of those steps.
+      until: the step number at which the phase ends.
+      record: gets the rows.
+      settings: see `LoopSettings`.
+      evaluate: `state -> {name: mean}`, with "loss" among them.
+      save: `(step, state, loss) -> None`; may return while it still writes.
+      learning_rate: for the record alone.
+      flops_per_token: of a training step, for the utilization.
+      max_nonfinite: as in the step.
+      trace_folder: where `profile` goes.
+      reporter: shows progress.
+    """
+    clock, first = Clock(), int(state.step)
+    pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+    window = _Window(record, settings, learning_rate, flops_per_token, reporter)
+    outcome = Outcome(state, "finished", seconds=clock.seconds)
+    evaluated, saved = -1, first
+
+    def drain(left: int) -> bool:
+        """Waits until only `left` steps are in flight; False if the run must stop."""
+        healthy = True
+        while len(pending) > left:
+            number, metrics = pending.popleft()
+            with clock("step"):
+                metrics = jax.device_get(metrics)
+            window.add(number, metrics)
+            healthy &= int(metrics["nonfinite_in_a_row"]) < max_nonfinite
+        return healthy
+
+    def measure(number: int) -> bool:
+        """Evaluates; True if the target is reached."""
+        nonlocal evaluated
+        if evaluate is None or evaluated == number:
+            return False
+        evaluated = number
+        with clock("evaluation"):
+            outcome.evaluation = evaluate(state)
+        loss = outcome.evaluation["loss"]
+        record.write("evaluation", number, {**outcome.evaluation, "seconds": clock.total()})
+        perplexity = math.exp(min(loss, 700.0))
+        reporter.say(f"step {number:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
+        window.restart()
+        return settings.target_loss is not None and loss <= settings.target_loss
+
+    def keep(number: int) -> None:
+        nonlocal saved
+        if save is not None and (saved != number or number == first):
+            with clock("checkpoint"):
+                save(number, state, outcome.evaluation.get("loss") if evaluated == number else None)
+            saved = number
+            window.restart()
+
+    with stop_requests() as requested:
+        source = iter(batches(first, until))
+        for number in range(first, until):
+            if not drain(IN_FLIGHT - 1):
+                outcome.reason = "nonfinite"
+                break
+            if (caught := requested()) is not None:
+                outcome.reason, outcome.signal = "signal", caught
+                break
+            with clock("data"):
+                batch = jax.device_put(next(source))
+            _profile(settings, number, trace_folder, drain)
+            with clock("compile" if number == first else "step"):
+                # The first call returns when it is compiled; later ones at once.
+                state, metrics = step(state, frozen, batch)
+            pending.append((number + 1, metrics))
+            if number == first:
+                window.restart()
+            done = number + 1
+            if settings.evaluate_every and done % settings.evaluate_every == 0 and done < until:
+                drain(0)
+                if measure(done):
+                    outcome.reason = "target"
+                    break
+            if done % settings.checkpoint_every == 0 and done < until:
+                drain(0)
+                keep(done)
+        if not drain(0):
+            outcome.reason = "nonfinite"
+        last = int(state.step)
+        if outcome.reason in ("finished", "target") and measure(last):
+            outcome.reason = "target"
+        if last > first:
+            keep(last)
+    outcome.state = state
+    return outcome
+
+
+def reset_nonfinite(state: State) -> State:
+    """Returns the state with the count of bad steps in a row at zero, to try again."""
+    counters = {**state.extra[NONFINITE], "in_a_row": jax.numpy.int32(0)}
+    return dataclasses.replace(state, extra={**state.extra, NONFINITE: counters})
+
+
+class _Window:
+    """Turns the metrics of steps into rows: means over the steps since the last row."""
+
+    def __init__(self, record, settings, learning_rate, flops_per_token, reporter):
+        self.record, self.settings, self.reporter = record, settings, reporter
+        self.learning_rate, self.flops_per_token = learning_rate, flops_per_token
+        self.tokens = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time that went into something else than steps."""
+        self.time, self.timed_tokens, self.timed_steps = time.perf_counter(), 0.0, 0
+        self.cpu, self.joules = time.process_time(), joules()
+
+    def add(self, number: int, metrics: Metrics) -> None:
+        scalars = {name: float(v) for name, v in metrics.items() if name != "norms"}
+        self.timed_tokens += scalars["tokens"]
+        self.timed_steps += 1
+        skipped = bool(scalars.pop("skipped"))
+        in_a_row = int(scalars.pop("nonfinite_in_a_row"))
+        seconds = time.perf_counter() - self.time
+        speed = self.timed_tokens / seconds if seconds > 0 else 0.0
+        self.reporter.advance(number, {"loss": scalars["loss"], "tokens_per_second": speed})
+        if skipped:
+            self.reporter.say(f"step {number:>6}  not finite: update skipped ({in_a_row} in a row)")
+            self.record.write("skipped", number, {"in_a_row": in_a_row})
+        if number % self.settings.log_every:
+            return
+        if self.learning_rate is not None:
+            scalars["learning_rate"] = float(self.learning_rate(number - 1))
+        if "norms" in metrics:
+            scalars["norms"] = jax.tree.map(lambda a: np.asarray(a).tolist(), metrics["norms"])
+        costs = {
+            "tokens_per_second": speed,
+            "step_seconds": seconds / self.timed_steps,
+            "cpu_seconds": time.process_time() - self.cpu,
+        }
+        if (used := utilization(speed * self.flops_per_token)) is not None:
+            costs["utilization"] = used
+        if self.joules is not None and (now := joules()) is not None:
+            costs["joules"] = now - self.joules
+        self.record.write("train", number, {**scalars, **costs})
+        self.restart()
+
+
+def _profile(settings: LoopSettings, number: int, folder: str, drain: Any) -> None:
+    if settings.profile is None:
+        return
+    if number == settings.profile[0]:
+        drain(0)
+        jax.profiler.start_trace(folder)
+    if number == settings.profile[1] + 1:
+        drain(0)
+        jax.profiler.stop_trace()

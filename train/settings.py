@@ -1,0 +1,166 @@
+"""The settings of a run, what of them is its identity, and their way through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from model.config import TransformerConfig, config_from_dict
+from model.presets import modern_mini
+from train.optimizer_settings import OptimizerSettings
+from train.optimizers import OPTIMIZERS, Muon
+from train.schedules import SCHEDULES, Linear
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with one model, one batch shape and one compilation.
+
+    Attributes:
+      steps: updates.
+      model: config; its vocabulary size is the tokenizer's.
+      batch_size: rows B of the global batch.
+      sequence_length: tokens T of a row.
+    """
+
+    steps: int
+    model: TransformerConfig
+    batch_size: int = 16
+    sequence_length: int = 128
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        model = self.model
+        if model.positions == "learned" and self.sequence_length > model.max_length:
+            raise ValueError(
+                f"a sequence of {self.sequence_length} tokens does not fit the {model.max_length} "
+                "learned positions; lower sequence_length or raise max_length"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is. Two runs of equal settings, on one kind of machine, are equal bit for bit.
+
+    Attributes:
+      phases: at least one.
+      data: sources, each "SPEC" or "WEIGHT*SPEC" (see `train.sources`).
+      tokenizer: "bytes", "sentencepiece:N" (trained on the first source), or what
+        `train.tokenizers.load_tokenizer` takes.
+      seed: of the initial parameters, the order of the data and dropout.
+      optimizer: typed settings, by name in `train.optimizers.OPTIMIZERS`.
+      schedule: typed settings, by name in `train.schedules.SCHEDULES`.
+      micro_batches: parts that each batch is accumulated over.
+      document_boundaries: "ignore" lets tokens see the document before theirs, "mask" does not.
+      label_smoothing: of the cross-entropy.
+      z_loss: weight of log(Z)^2; 0 leaves the term out.
+      loss_chunk: positions whose logits are held at a time; None for all.
+      max_nonfinite: bad steps in a row that stop the run.
+      parent: the run and step that it was started from, or None.
+    """
+
+    phases: tuple[Phase, ...] = (Phase(steps=1000, model=modern_mini()),)
+    data: tuple[str, ...] = ("stdlib",)
+    tokenizer: str = "sentencepiece:4096"
+    seed: int = 0
+    optimizer: OptimizerSettings = field(default_factory=Muon)
+    schedule: Any = field(default_factory=Linear)
+    micro_batches: int = 1
+    document_boundaries: Literal["ignore", "mask"] = "ignore"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    loss_chunk: int | None = None
+    max_nonfinite: int = 5
+    parent: str | None = None
+
+    def __post_init__(self):
+        if not self.phases:
+            raise ValueError("a run needs at least one phase")
+        for phase in self.phases:
+            if phase.batch_size % self.micro_batches:
+                raise ValueError(
+                    f"batch_size {phase.batch_size} does not divide into {self.micro_batches} "
+                    f"micro-batches; make it a multiple of {self.micro_batches}"
+                )
+
+    @property
+    def steps(self) -> int:
+        """Updates of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+def to_json(settings: Settings) -> dict[str, Any]:
+    """Returns the settings as JSON values; optimizer and schedule carry their name.
+
+    >>> from_json(json.loads(json.dumps(to_json(Settings())))) == Settings()
+    True
+    """
+    fields = dataclasses.asdict(settings)
+    fields["optimizer"] = {"name": _name_of(settings.optimizer, OPTIMIZERS)} | fields["optimizer"]
+    fields["schedule"] = {"name": _name_of(settings.schedule, SCHEDULES)} | fields["schedule"]
+    return fields
+
+
+def from_json(fields: dict[str, Any]) -> Settings:
+    """Returns the settings that `to_json` wrote.
+
+    Raises:
+      ValueError: on unknown names or fields.
+    """
+    fields = dict(fields)
+    fields["phases"] = tuple(
+        Phase(**phase | {"model": config_from_dict(phase["model"])}) for phase in fields["phases"]
+    )
+    for key, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        values = {name: _tuples(value) for name, value in fields[key].items()}
+        name = values.pop("name")
+        if name not in table:
+            raise ValueError(f"no {key} {name!r}; there are {', '.join(table)}")
+        fields[key] = table[name](**values)
+    known = {f.name for f in dataclasses.fields(Settings)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}")
+    return Settings(**fields | {"data": tuple(fields["data"])})
+
+
+def fingerprint(settings: Settings) -> str:
+    """Returns a short hash of the settings, the name of a cell of a grid.
+
+    >>> len(fingerprint(Settings()))
+    16
+    """
+    text = json.dumps(to_json(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> list[str]:
+    """Returns a line "path: ours, not theirs" for each field in which two JSON settings differ.
+
+    >>> differences({"seed": 1, "optimizer": {"b1": 0.9}}, {"seed": 2, "optimizer": {"b1": 0.9}})
+    ['seed: 1, not 2']
+    """
+    lines: list[str] = []
+    for name in sorted(set(ours) | set(theirs)):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{path}{name}.")
+        elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+            numbered = ({str(i): v for i, v in enumerate(each)} for each in (a, b))
+            lines += differences(*numbered, f"{path}{name}.")
+        elif a != b:
+            lines.append(f"{path}{name}: {a}, not {b}")
+    return lines
+
+
+def _name_of(value: Any, table: dict[str, type[Any]]) -> str:
+    return next(name for name, kind in table.items() if kind is type(value))
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has no tuples; settings have no lists."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
