@@ -150,8 +150,8 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") ->
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{path}{name}.")
         elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-            numbered = ({str(i): v for i, v in enumerate(each)} for each in (a, b))
-            lines += differences(*numbered, f"{path}{name}.")
+            one, two = ({str(i): v for i, v in enumerate(each)} for each in (a, b))
+            lines += differences(one, two, f"{path}{name}.")
         elif a != b:
             lines.append(f"{path}{name}: {a}, not {b}")
     return lines

@@ -1,0 +1,88 @@
+"""Command lines from typed settings: `--optimizer adamw --optimizer.b2 0.95`.
+
+A name picks which dataclass a group of settings is; tyro then makes a flag of each of its fields.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+Choices = Mapping[str, Callable[[], Any]]
+
+
+def parse(
+    kind: type[T],
+    groups: Mapping[str, tuple[str, Choices]],
+    args: Sequence[str] | None = None,
+    description: str = "",
+) -> T:
+    """Parses a command line into the dataclass `kind`.
+
+    Args:
+      kind: has a field for each group, and default values for all others.
+      groups: group -> (name taken when none is given, name -> function that makes the default).
+      args: the command line, by default the program's.
+      description: for `--help`.
+
+    Raises:
+      ValueError: a name that its group does not have; the names are listed.
+
+    >>> import dataclasses
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Small:
+    ...     size: int = 1
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Command:
+    ...     shape: Small
+    ...     steps: int = 10
+    >>> groups = {"shape": ("small", {"small": Small, "big": lambda: Small(size=9)})}
+    >>> parse(Command, groups, ["--steps", "3", "--shape", "big"])
+    Command(shape=Small(size=9), steps=3)
+    >>> parse(Command, groups, ["--shape", "huge"])
+    Traceback (most recent call last):
+    ...
+    ValueError: no shape is called 'huge'; there are small, big
+    """
+    import tyro
+
+    rest, chosen = _take_names(list(sys.argv[1:] if args is None else args), groups)
+    values = {}
+    for group, (default, choices) in groups.items():
+        name = chosen.get(group, default)
+        if name not in choices:
+            raise ValueError(f"no {group} is called {name!r}; there are {', '.join(choices)}")
+        values[group] = choices[name]()
+    names = "\n\n".join(
+        f"--{group} NAME: {', '.join(choices)} (default: {default})"
+        for group, (default, choices) in groups.items()
+    )
+    text = f"{description}\n\n{names}\n\nSettings of what was named follow as --group.field."
+    return tyro.cli(kind, default=kind(**values), args=rest, description=text)
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Calls a script's main and leaves; an error of the user's is one sentence, not a traceback."""
+    try:
+        sys.exit(main() or 0)
+    except (ValueError, FileNotFoundError, BlockingIOError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _take_names(args: list[str], groups: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Splits `--group NAME` and `--group=NAME` off the arguments."""
+    rest, chosen = [], {}
+    while args:
+        word = args.pop(0)
+        flag, equals, value = word.partition("=")
+        group = flag.removeprefix("--")
+        if flag.startswith("--") and group in groups:
+            if not equals and not args:
+                raise ValueError(f"{flag} needs a name: {', '.join(groups[group][1])}")
+            chosen[group] = value if equals else args.pop(0)
+        else:
+            rest.append(word)
+    return rest, chosen

@@ -1,0 +1,166 @@
+"""Trains a language model on text.
+
+    python -m experiments.pretrain --data FILE --model modern_mini --optimizer muon --steps 1000 \
+        --out runs/first
+
+Stopped by Ctrl-C, SIGTERM or a kill, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.cli import parse, run_main
+from experiments.compilation import use_compilation_cache
+from experiments.run import Execution, execute
+from model.config import TransformerConfig
+from model.presets import PRESETS
+from train.loop import LoopSettings
+from train.optimizer_settings import OptimizerSettings
+from train.optimizers import OPTIMIZERS
+from train.schedules import SCHEDULES
+from train.settings import Phase, Settings
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """All settings of a pre-training run.
+
+    Attributes:
+      model: preset, and its fields.
+      optimizer: name, and its fields.
+      schedule: name, and its fields.
+      data: sources, each "SPEC" or "WEIGHT*SPEC": "stdlib", a file, a folder, a glob, "tfds:NAME".
+      tokenizer: "bytes", "sentencepiece:N" (trained on the first source), or a path.
+      out: folder of the run.
+      steps: updates.
+      batch_size: rows of a batch.
+      sequence_length: tokens of a row.
+      learning_rate: short for --optimizer.learning-rate.
+      seed: of parameters, data order and dropout.
+      micro_batches: parts that a batch is accumulated over.
+      document_boundaries: whether tokens see the document before theirs.
+      label_smoothing: of the cross-entropy.
+      z_loss: weight of log(Z)^2.
+      loss_chunk: positions whose logits are held at a time.
+      target_loss: stop at the first evaluation at or under it.
+      evaluate_every: steps between evaluations on the whole held-out split.
+      checkpoint_every: steps between checkpoints.
+      log_every: steps between rows of metrics.jsonl.
+      profile: first and last step of a trace, e.g. 20:22.
+      log_norms: record norms of gradients, updates and weights by layer.
+      tensorboard: write TensorBoard logs as well.
+      wandb: log to Weights & Biases as well.
+    """
+
+    model: TransformerConfig
+    optimizer: OptimizerSettings
+    schedule: Any
+    data: tuple[str, ...] = ("stdlib",)
+    tokenizer: str = "sentencepiece:4096"
+    out: Path = Path("runs/pretrain")
+    steps: int = 1000
+    batch_size: int = 16
+    sequence_length: int = 128
+    learning_rate: float | None = None
+    seed: int = 0
+    micro_batches: int = 1
+    document_boundaries: Literal["ignore", "mask"] = "ignore"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    loss_chunk: int | None = None
+    target_loss: float | None = None
+    evaluate_every: int | None = None
+    checkpoint_every: int = 500
+    log_every: int = 10
+    profile: str | None = None
+    log_norms: bool = False
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+def settings_of(command: Pretrain) -> tuple[Settings, Execution]:
+    """Returns what the command asks for, checked."""
+    optimizer = command.optimizer
+    if command.learning_rate is not None:
+        optimizer = dataclasses.replace(optimizer, learning_rate=command.learning_rate)
+    model = command.model
+    if model.positions == "rotary":  # has no table to outgrow
+        longest = max(model.max_length, command.sequence_length)
+        model = dataclasses.replace(model, max_length=longest)
+    phase = Phase(command.steps, model, command.batch_size, command.sequence_length)
+    settings = Settings(
+        phases=(phase,),
+        data=command.data,
+        tokenizer=command.tokenizer,
+        seed=command.seed,
+        optimizer=optimizer,
+        schedule=command.schedule,
+        micro_batches=command.micro_batches,
+        document_boundaries=command.document_boundaries,
+        label_smoothing=command.label_smoothing,
+        z_loss=command.z_loss,
+        loss_chunk=command.loss_chunk,
+    )
+    loop = LoopSettings(
+        command.log_every,
+        command.evaluate_every,
+        command.checkpoint_every,
+        command.target_loss,
+        _profile(command.profile),
+    )
+    execution = Execution(
+        loop,
+        log_norms=command.log_norms,
+        tensorboard=command.tensorboard,
+        wandb=command.wandb,
+    )
+    return settings, execution
+
+
+def main() -> int:
+    """Parses the command line, trains, and says how it ended."""
+    command = parse(
+        Pretrain,
+        {
+            "model": ("modern_mini", PRESETS),
+            "optimizer": ("muon", OPTIMIZERS),
+            "schedule": ("linear", SCHEDULES),
+        },
+        description=__doc__ or "",
+    )
+    settings, execution = settings_of(command)
+    use_compilation_cache()
+    start = time.perf_counter()
+    outcome = execute(settings, command.out, execution)
+    step = int(outcome.state.step)
+    parts = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
+    print(f"{outcome.reason} at step {step} after {time.perf_counter() - start:.1f} s  ({parts})")
+    if outcome.evaluation:
+        numbers = (f"{name} {outcome.evaluation[name]:.4f}" for name in ("loss", "bits_per_byte"))
+        print("validation  " + "  ".join(numbers))
+    print(f"run         {command.out}")
+    if outcome.reason == "signal":
+        assert outcome.signal is not None
+        name = signal.Signals(outcome.signal).name
+        print(f"{name}: saved step {step}; the same command goes on from there")
+        return 128 + outcome.signal
+    return 3 if outcome.reason == "nonfinite" else 0
+
+
+def _profile(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"profile is {text!r}; give two steps, as in 20:22")
+    return int(first), int(last)
+
+
+if __name__ == "__main__":
+    run_main(main)
