@@ -1,8 +1,8 @@
 """A folder that is made once and read by many: whole or not there, however many processes make it.
 
-A build writes into a temporary folder beside the final one and renames at the end. Two processes
-that build at once both finish, and the slower uses the faster's. What a killed build leaves is never
-read, and the next build removes it.
+A build writes into a temporary folder beside the final one and renames it at the end. Two processes
+that build at once both finish, and the slower uses what the faster made. What a killed build leaves
+is never read, and a later build removes it.
 """
 
 from __future__ import annotations

@@ -252,8 +252,11 @@ def _write_splits(
     starts_document = True
     with ExitStack() as stack:
         outputs = {
-            name: _Output(*(stack.enter_context(open(path, "wb")) for path in _paths(folder, name)))
+            name: _Output(
+                stack.enter_context(open(tokens, "wb")), stack.enter_context(open(starts, "wb"))
+            )
             for name in SPLITS
+            for tokens, starts in [_paths(folder, name)]
         }
         for batch in _batched(_assigned(source.pieces(tokenizer), cut)):
             contents = [piece.content for _, piece in batch]
@@ -278,9 +281,7 @@ def _write_splits(
     return {name: {key: getattr(out, key) for key in keys} for name, out in outputs.items()}
 
 
-def _encode(
-    contents: Sequence[str | np.ndarray], tokenizer: Tokenizer
-) -> Iterator[np.ndarray]:
+def _encode(contents: Sequence[str | np.ndarray], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Ids of each text, on all cores; ids as they are."""
     texts = [content for content in contents if isinstance(content, str)]
     encoded = iter(tokenizer.encode_batch(texts) if texts else [])
@@ -318,9 +319,10 @@ def _assigned(pieces: Iterator[Piece], cut: int | None) -> Iterator[tuple[str, P
         if isinstance(data, bytes):
             while 0 < at < len(data) and data[at] & 0xC0 == 0x80:  # inside a character
                 at -= 1
-            left, right = data[:at].decode(), data[at:].decode()
+            parts: tuple[Any, Any] = data[:at].decode(), data[at:].decode()
         else:
-            left, right = data[:at], data[at:]
+            parts = data[:at], data[at:]
+        left, right = parts
         if len(left):
             yield "train", Piece(left, piece.ends_document and not len(right), piece.read)
         if len(right):
@@ -328,7 +330,7 @@ def _assigned(pieces: Iterator[Piece], cut: int | None) -> Iterator[tuple[str, P
 
 
 def _split_of(data: bytes | np.ndarray) -> str:
-    twentieth = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") % 20
+    twentieth = int.from_bytes(hashlib.sha256(bytes(data)).digest()[:8], "big") % 20
     return {0: "validation", 1: "test"}.get(twentieth, "train")
 
 

@@ -1,41 +1,48 @@
-"""Batches: batch number `step` is a pure function of (seed, step), whatever reads it.
+"""Batches of tokens: batch number `step` is a pure function of (seed, step).
 
-Windows of T + 1 tokens that overlap by one are cut from a split, shuffled anew each epoch, mixed
-by weight, and dealt out in order: step i takes windows start(i) to start(i) + n(i), start being the
-running sum of the batch sizes before it. Resuming is a step number.
+A split is cut into windows of T + 1 tokens that overlap by one, so that every token but the first
+is a target once; what does not fill a window at the end is left out. The windows are shuffled anew
+in each epoch, the splits of a mixture are interleaved by their weights, and the batches are taken
+from that endless row one after another. Nothing is kept in memory but the batch: the order is
+computed (Grain's index shuffle), and the tokens are read from the memory-mapped split.
+
+B: rows, T: tokens in a row.
 """
 
 from __future__ import annotations
 
-import bisect
+import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from train.corpus import Split
 
+if TYPE_CHECKING:
+    import grain
+
 Batch = dict[str, np.ndarray]
 Boundaries = Literal["ignore", "mask"]
 
+MAX_WINDOWS = 2**32  # Grain's index shuffle counts in 32 bits
+# A batch takes well under a millisecond to make: one thread is ahead of any model, two also
+# while a page of the memory map is fetched from the disk.
+PREFETCH_THREADS, PREFETCH_BATCHES = 2, 4
 
-def windows_in(split: Split, sequence_length: int) -> int:
-    """Returns the number of whole windows, at least 1.
 
-    Raises:
-      ValueError: the split is shorter than one window.
+def windows_per_epoch(splits: Sequence[tuple[Split, float]], window_length: int) -> int:
+    """Windows until the first of the splits has been read once (for one split: its windows).
 
-    >>> windows_in(Split(np.arange(9), np.array([0]), 9), 4)
-    2
+    Args:
+        splits: with their weights, as for ``batches``.
+        window_length: predicted tokens in a window.
     """
-    count = (len(split.tokens) - 1) // sequence_length
-    if count < 1:
-        raise ValueError(
-            f"a window takes {sequence_length} tokens and their successor; the split has "
-            f"{len(split.tokens)}: shorten sequence_length or give more text"
-        )
-    return count
+    weights = _check_splits(splits, window_length)
+    counts = [(len(split.tokens) - 1) // window_length for split, _ in splits]
+    return int(min(count / weight for count, weight in zip(counts, weights, strict=True)))
 
 
 def batches(
@@ -44,172 +51,270 @@ def batches(
     seed: int,
     sequence_length: int,
     batch_size: int | Callable[[int], int],
-    window_length: int | None = None,
     document_boundaries: Boundaries = "ignore",
+    window_length: int | None = None,
     rows: slice | None = None,
-) -> Any:
-    """Returns a `grain.MapDataset` whose item `step` is the batch of that step.
-
-    A batch holds `tokens`, `targets` int32 [B, T], `weights` float32 [B, T], and with "mask" also
-    `segments` and `positions` int32 [B, T].
+) -> grain.MapDataset:
+    """The endless dataset whose element `step` is the batch of that step.
 
     Args:
-      splits: (split, weight) pairs; weights are relative.
-      seed: of the order.
-      sequence_length: T.
-      batch_size: rows B, or a function of the step.
-      window_length: length that windows are shuffled at, a multiple of T, T by default: a phase of
-        shorter sequences reads the same windows, each cut into several rows.
-      document_boundaries: with "mask", positions start anew with each document and the first token
-        of a document is not predicted from the one before.
-      rows: those of the global batch that this process reads.
+        splits: what to draw from, each with a positive weight: its share of the windows.
+        seed: of the order, any integer >= 0.
+        sequence_length: T.
+        batch_size: windows of a batch, or a cheap pure function step -> windows; batch `step` takes
+            those that follow the windows of all steps before it.
+        document_boundaries: "ignore": rows run on over the ends of documents. "mask": the batch
+            also has `segments`, from 1 in each row, and `positions`, from 0 in each segment; a
+            document's first token has weight 0, for nothing before it is seen.
+        window_length: a multiple of T: each window is cut into rows of T (B = windows times their
+            quotient), so that with shorter rows the same tokens arrive in the same order. By
+            default T.
+        rows: the part of the B rows that this process reads, with a length that divides B. It is
+            meant for the batch of step 0: of a larger batch it is the same share.
+
+    Returns:
+        A dataset of dicts: `tokens`, `targets` int32 [B, T], `weights` float32 [B, T] (0: no loss),
+        and with "mask" `segments`, `positions` int32 [B, T].
 
     Raises:
-      ValueError: sizes that do not fit each other or the splits.
+        ValueError: a size is not positive, a split is shorter than a window, a weight is not
+            positive, T does not divide the window, `rows` does not divide the batch.
 
-    >>> split = Split(np.arange(100, dtype=np.uint16), np.array([0]), 100)
-    >>> data = batches([(split, 1.0)], seed=0, sequence_length=8, batch_size=2)
-    >>> data[0]["tokens"].shape, bool((data[3]["tokens"] + 1 == data[3]["targets"]).all())
-    ((2, 8), True)
+    >>> split = Split(np.arange(9, dtype=np.uint16), np.array([0]), 9)
+    >>> batch = batches([(split, 1.0)], seed=0, sequence_length=4, batch_size=2)[0]
+    >>> sorted(zip(batch["tokens"][:, 0].tolist(), batch["targets"][:, -1].tolist()))
+    [(0, 4), (4, 8)]
     """
     import grain
 
-    length = sequence_length if window_length is None else window_length
-    if sequence_length < 1 or length % sequence_length:
-        raise ValueError(f"sequence_length {sequence_length} must divide window_length {length}")
-    cut = length // sequence_length
-    if not splits:
-        raise ValueError("no data: give at least one split")
-    mixed = _order(grain, splits, seed, length)
-    first_row = _first_row(batch_size)
+    window = sequence_length if window_length is None else window_length
+    _check_positive(sequence_length=sequence_length, window_length=window)
+    if window % sequence_length:
+        raise ValueError(
+            f"window_length {window} is not a multiple of sequence_length {sequence_length}:"
+            f" windows are cut into whole rows"
+        )
+    if seed < 0:
+        raise ValueError(f"the seed must be >= 0, not {seed}")
+    weights = _check_splits(splits, window)
+    _check_boundaries(document_boundaries)
+    rows_per_window = window // sequence_length
+    windows_of = _running_windows(batch_size)
+    part = _part_of(rows, windows_of(0)[1] * rows_per_window)
+    part(windows_of(0)[1] * rows_per_window)
 
-    def batch(step: int) -> Batch:
-        start, end = first_row(step), first_row(step + 1)
-        if end - start < 1:
-            raise ValueError(f"batch_size of step {step} is {end - start}; it must be at least 1")
-        wanted = range(start, end)[rows] if rows is not None else range(start, end)
-        found = []
-        for row in wanted:
-            which, window = mixed[row // cut]
-            begin = window * length + (row % cut) * sequence_length
-            found.append(_row(splits[which][0], begin, sequence_length, document_boundaries))
-        return {name: np.stack([each[name] for each in found]) for name in found[0]}
+    def windows(index: int) -> grain.MapDataset:
+        count = (len(splits[index][0].tokens) - 1) // window
+        # Grain shuffles epoch e with this seed + e: drawn apart for every (seed, split), or seed
+        # s + 1 would begin with the second epoch of seed s.
+        own_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+        order = grain.MapDataset.range(count).shuffle(seed=own_seed).repeat()
+        return order.map(lambda number: (index, number % count))
 
-    # Steps have no end: an item is made from its number alone.
-    return grain.MapDataset.range(_MANY).map(batch)
+    order = grain.MapDataset.mix([windows(index) for index in range(len(splits))], weights)
+
+    def batch_at(step: int) -> Batch:
+        start, count = windows_of(step)
+        taken = []
+        for row in part(count * rows_per_window):
+            index, number = order[start + row // rows_per_window]
+            offset = number * window + row % rows_per_window * sequence_length
+            taken.append((splits[index][0], offset))
+        return _batch(taken, sequence_length, len(taken), document_boundaries)
+
+    return grain.MapDataset.range(sys.maxsize).map(batch_at)
 
 
-_MANY = 1 << 40  # more steps than any run has, and still an index that Grain takes
+def prefetched(dataset: grain.MapDataset, start: int, stop: int) -> Iterator[Batch]:
+    """Batches of steps `start` to `stop` in order, made ahead of use in threads.
 
+    Closing the iterator (or leaving it to be collected) ends the threads.
 
-def prefetched(data: Any, start: int, stop: int) -> Iterator[Batch]:
-    """Yields the batches of steps start to stop - 1 in order, read ahead by two threads.
-
-    >>> split = Split(np.arange(100, dtype=np.uint16), np.array([0]), 100)
-    >>> data = batches([(split, 1.0)], seed=0, sequence_length=8, batch_size=2)
-    >>> len(list(prefetched(data, 5, 8)))
-    3
+    Raises:
+        ValueError: not 0 <= start <= stop.
     """
     import grain
 
-    # Batches are small beside a step: two threads and a few batches ahead hide the reading.
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    yield from data[start:stop].to_iter_dataset(options)
+    if not 0 <= start <= stop:
+        raise ValueError(f"steps from {start} to {stop}: needed are 0 <= start <= stop")
+    options = grain.ReadOptions(num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES)
+
+    def iterate() -> Iterator[Batch]:
+        iterator = iter(dataset[start:stop].to_iter_dataset(options))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    return iterate()
 
 
 def evaluation_batches(
-    split: Split, *, sequence_length: int, batch_size: int, stride: int | None = None
+    split: Split,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    stride: int | None = None,
+    document_boundaries: Boundaries = "ignore",
 ) -> Iterator[Batch]:
-    """Yields a split from end to end: every token but the very first is predicted exactly once.
-
-    All batches have one shape; what pads the last ones has weight 0.
+    """The whole split in order, every token but the first predicted exactly once.
 
     Args:
-      split: the tokens.
-      sequence_length: T.
-      batch_size: B.
-      stride: tokens by which windows advance: each reads T - stride tokens of context again, which
-        carry no weight. None for T, windows side by side.
+        split: at least two tokens.
+        sequence_length: T.
+        batch_size: B; what is missing in the last batch is padded with weight 0.
+        stride: None: windows side by side. N <= T: windows T long begin N apart, and predict only
+            what the one before has not: all but the first re-read T - N tokens of context (the
+            sliding-window protocol).
+        document_boundaries: as for ``batches``; with "mask", documents' first tokens have weight 0.
 
     Raises:
-      ValueError: a stride outside 1 to T, or a split of fewer than two tokens.
+        ValueError: a size is not positive, the stride exceeds T, the split has nothing to predict.
 
-    >>> split = Split(np.arange(10), np.array([0]), 10)
-    >>> found = list(evaluation_batches(split, sequence_length=4, batch_size=2))
-    >>> float(sum(batch["weights"].sum() for batch in found))
-    9.0
+    >>> split = Split(np.arange(6, dtype=np.uint16), np.array([0]), 6)
+    >>> for batch in evaluation_batches(split, sequence_length=3, batch_size=2, stride=1):
+    ...     print(batch["targets"].tolist(), batch["weights"].tolist())
+    [[1, 2, 3], [2, 3, 4]] [[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]
+    [[3, 4, 5], [0, 0, 0]] [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     """
-    T = sequence_length
-    stride = T if stride is None else stride
-    if not 1 <= stride <= T:
-        raise ValueError(f"stride is {stride}; it must lie between 1 and sequence_length {T}")
-    predicted = len(split.tokens) - 1
-    if predicted < 1:
-        raise ValueError(f"a split of {len(split.tokens)} tokens leaves nothing to predict")
-    # The first window predicts T tokens, each later one the `stride` that follow.
-    starts = range(0, max(predicted - T, 0) + stride, stride)
-    for at in range(0, len(starts), batch_size):
-        batch = {
-            "tokens": np.zeros((batch_size, T), np.int32),
-            "targets": np.zeros((batch_size, T), np.int32),
-            "weights": np.zeros((batch_size, T), np.float32),
-        }
-        for row, start in enumerate(starts[at : at + batch_size]):
-            window = np.asarray(split.tokens[start : start + T + 1], np.int32)
-            fresh = 0 if start == 0 else T - stride
-            batch["tokens"][row, : len(window) - 1] = window[:-1]
-            batch["targets"][row, : len(window) - 1] = window[1:]
-            batch["weights"][row, fresh : len(window) - 1] = 1
-        yield batch
+    step = sequence_length if stride is None else stride
+    _check_positive(sequence_length=sequence_length, batch_size=batch_size, stride=step)
+    _check_boundaries(document_boundaries)
+    if step > sequence_length:
+        raise ValueError(
+            f"stride {step} is more than sequence_length {sequence_length}: tokens between windows"
+            " would never be predicted"
+        )
+    targets = len(split.tokens) - 1
+    if targets < 1:
+        raise ValueError(f"a split of {len(split.tokens)} tokens has nothing to predict: give 2")
+    count = 1 + -(-max(targets - sequence_length, 0) // step)
+
+    def iterate() -> Iterator[Batch]:
+        for first in range(0, count, batch_size):
+            windows = range(first, min(first + batch_size, count))
+            taken = [(split, window * step) for window in windows]
+            batch = _batch(taken, sequence_length, batch_size, document_boundaries)
+            for row, window in enumerate(windows):
+                if window:  # context, predicted by the window before
+                    batch["weights"][row, : sequence_length - step] = 0
+            yield batch
+
+    return iterate()
 
 
-def _order(grain: Any, splits: Sequence[tuple[Split, float]], seed: int, length: int) -> Any:
-    """Returns the endless order of (split, window) pairs."""
-    parts = []
-    for which, (split, _) in enumerate(splits):
-        count = windows_in(split, length)
-        order = grain.MapDataset.range(count).seed(seed + which).shuffle().repeat()
-        parts.append(order.map(lambda window, which=which: (which, int(window))))
-    if len(parts) == 1:
-        return parts[0]
-    total = sum(weight for _, weight in splits)
-    return grain.MapDataset.mix(parts, weights=[weight / total for _, weight in splits])
-
-
-def _first_row(batch_size: int | Callable[[int], int]) -> Callable[[int], int]:
-    """Returns start(step), the rows before a step; sums of a schedule are remembered."""
-    if not callable(batch_size):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        return lambda step: step * batch_size
-    sums, lock = [0], threading.Lock()  # threads read ahead
-
-    def start(step: int) -> int:
-        with lock:
-            while len(sums) <= step:
-                sums.append(sums[-1] + batch_size(len(sums) - 1))
-        return sums[step]
-
-    return start
-
-
-def _row(split: Split, begin: int, length: int, boundaries: Boundaries) -> Batch:
-    window = np.asarray(split.tokens[begin : begin + length + 1], np.int32)
-    row = {
-        "tokens": window[:-1],
-        "targets": window[1:],
-        "weights": np.ones(length, np.float32),
+def _batch(
+    taken: Sequence[tuple[Split, int]], length: int, size: int, boundaries: Boundaries
+) -> Batch:
+    """Rows of `length` tokens from offsets of splits, padded to `size` rows with weight 0."""
+    block = np.zeros((size, length + 1), np.int32)
+    weights = np.zeros((size, length), np.float32)
+    segments = np.zeros((size, length + 1), np.int32)  # 0 is padding
+    positions = np.zeros((size, length + 1), np.int32)
+    for row, (split, offset) in enumerate(taken):
+        window = np.asarray(split.tokens)[offset : offset + length + 1]
+        block[row, : len(window)] = window
+        weights[row, : len(window) - 1] = 1
+        if boundaries == "mask":
+            first, last = np.searchsorted(split.starts, (offset + 1, offset + len(window)))
+            starts = np.asarray(split.starts)[first:last] - offset  # those after the row's first
+            begins = np.zeros(len(window), np.int32)
+            begins[starts] = 1
+            segments[row, : len(window)] = 1 + np.cumsum(begins)
+            begins[starts] = starts
+            here = np.arange(len(window)) - np.maximum.accumulate(begins)
+            positions[row, : len(window)] = here
+            weights[row, starts - 1] = 0
+    batch = {
+        "tokens": np.ascontiguousarray(block[:, :-1]),
+        "targets": np.ascontiguousarray(block[:, 1:]),
+        "weights": weights,
     }
-    if boundaries == "ignore":
-        return row
-    # Documents that start inside the window, as places in it.
-    first = bisect.bisect_right(split.starts, begin)
-    last = bisect.bisect_right(split.starts, begin + length)
-    starts = np.asarray(split.starts[first:last]) - begin
-    places = np.arange(length)
-    segments = np.searchsorted(starts, places, side="right")
-    origins = np.concatenate([[0], starts])[segments]
-    row["weights"] = np.where(np.isin(places + 1, starts), 0, 1).astype(np.float32)
-    row["segments"] = segments.astype(np.int32)
-    row["positions"] = (places - origins).astype(np.int32)
-    return row
+    if boundaries == "mask":
+        batch["segments"] = np.ascontiguousarray(segments[:, :-1])
+        batch["positions"] = np.ascontiguousarray(positions[:, :-1])
+    return batch
+
+
+def _running_windows(batch_size: int | Callable[[int], int]) -> Callable[[int], tuple[int, int]]:
+    """step -> (windows of all steps before it, windows of the step)."""
+    if not callable(batch_size):
+        fixed = batch_size
+        _check_positive(batch_size=fixed)
+        return lambda step: (step * fixed, fixed)
+    schedule = batch_size
+    starts = array("q", [0])  # the running sum as far as it was asked for: 8 bytes per step
+    lock = threading.Lock()  # prefetch asks from several threads
+
+    def start_and_count(step: int) -> tuple[int, int]:
+        with lock:
+            while len(starts) < step + 2:
+                at = len(starts) - 1
+                count = schedule(at)
+                if int(count) != count or count < 1:
+                    raise ValueError(
+                        f"the batch schedule gives {count!r} at step {at}: it must give a positive"
+                        " whole number of windows"
+                    )
+                starts.append(starts[-1] + int(count))
+            return starts[step], starts[step + 1] - starts[step]
+
+    return start_and_count
+
+
+def _part_of(rows: slice | None, first: int) -> Callable[[int], range]:
+    """Rows of this process in a batch, by the batch's rows; `first` is those of step 0."""
+    if rows is None:
+        return range
+    start, stop, stride = rows.indices(first)
+    own = stop - start
+    reaches = rows.stop is not None and rows.stop > first
+    if stride != 1 or own < 1 or reaches or first % own or start % own:
+        raise ValueError(
+            f"rows {rows} of a batch of {first}: it must be one of its equal parts, such as"
+            f" slice(0, {first // 2 or 1})"
+        )
+
+    def part(size: int) -> range:
+        if size * own % first:
+            raise ValueError(
+                f"rows {rows} are {own}/{first} of the batch of step 0, but a batch of {size} rows"
+                f" cannot be divided so: batches must be multiples of {first // own} rows"
+            )
+        return range(size * start // first, size * stop // first)
+
+    return part
+
+
+def _check_positive(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"{name} must be a positive whole number, not {size!r}")
+
+
+def _check_boundaries(boundaries: str) -> None:
+    if boundaries not in ("ignore", "mask"):
+        raise ValueError(f"document_boundaries must be 'ignore' or 'mask', not {boundaries!r}")
+
+
+def _check_splits(splits: Sequence[tuple[Split, float]], window: int) -> list[float]:
+    """The weights, normalised."""
+    _check_positive(window_length=window)
+    if not splits:
+        raise ValueError("a mixture of no splits: give at least one, with its weight")
+    for number, (split, weight) in enumerate(splits):
+        tokens = len(split.tokens)
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"split {number} has weight {weight}: it must be positive and finite")
+        if tokens < window + 1:
+            raise ValueError(
+                f"split {number} has {tokens} tokens, fewer than one window of {window} + 1:"
+                " choose a shorter sequence or give more text"
+            )
+        if (tokens - 1) // window >= MAX_WINDOWS:
+            raise ValueError(
+                f"split {number} has {(tokens - 1) // window} windows; {MAX_WINDOWS} and more"
+                " cannot be shuffled: choose longer windows"
+            )
+    total = sum(weight for _, weight in splits)
+    return [weight / total for _, weight in splits]

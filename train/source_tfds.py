@@ -33,7 +33,8 @@ def parse_tfds(text: str) -> TfdsSpec:
     split, slash, field = choice.rpartition("/")
     if not name or (slash and not split) or (choice and not field):
         raise ValueError(
-            f"tfds:{text} is not of the form tfds:NAME[/CONFIG][:VERSION][@DATA_DIR][#[SPLIT/]FIELD]"
+            f"tfds:{text} is not of the form"
+            " tfds:NAME[/CONFIG][:VERSION][@DATA_DIR][#[SPLIT/]FIELD]"
         )
     return TfdsSpec(name, data_dir or None, split or "train", field or "text")
 

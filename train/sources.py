@@ -247,9 +247,7 @@ def open_tfds(rest: str) -> Source:
     examples, paths = open_examples(spec)
     files = tuple((f"array_record#{spec.field}", path) for path in paths)
     size = sum(path.stat().st_size for path in paths)
-    return Source(
-        f"tfds:{spec.name}", files, lambda tokenizer: read_examples(examples, spec, size)
-    )
+    return Source(f"tfds:{spec.name}", files, lambda tokenizer: read_examples(examples, spec, size))
 
 
 # Source by the word before the colon; what is none of these is a path.
@@ -273,7 +271,7 @@ def _hash_file(path: Path, memo: Path | None) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if entry is not None and time.time() - stat.st_mtime > MEMO_AGE:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as file:
-            file.write(digest)
-        os.replace(file.name, entry)
+        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as temporary:
+            temporary.write(digest)
+        os.replace(temporary.name, entry)
     return digest
