@@ -40,7 +40,8 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
     try:
         yield advance
     finally:
-        bar.stop()
+        if bar.live.is_started:  # a bar that was never shown would still end its line
+            bar.stop()
 
 
 @contextmanager

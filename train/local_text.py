@@ -29,6 +29,7 @@ def local_text_builder(text_dir: str | Path, data_dir: str | Path) -> Any:
         ValueError: there is no ``*.txt`` in `text_dir`.
     """
     import tensorflow_datasets as tfds
+    from etils import epath
 
     files = sorted(Path(text_dir).expanduser().rglob("*.txt"))
     if not files:
@@ -41,6 +42,9 @@ def local_text_builder(text_dir: str | Path, data_dir: str | Path) -> Any:
 
         VERSION = tfds.core.Version("1.0.0")
         name = "local_text"
+        # Where it stands. Left to itself, TFDS 4.9.10 asks importlib_resources, which it does not
+        # install, for any builder inside a package.
+        code_path = epath.Path(__file__)
 
         def _info(self) -> Any:
             features = tfds.features.FeaturesDict({"text": tfds.features.Text()})

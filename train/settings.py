@@ -128,13 +128,13 @@ def from_json(fields: dict[str, Any]) -> Settings:
     return Settings(**fields | {"data": tuple(fields["data"])})
 
 
-def fingerprint(settings: Settings) -> str:
-    """Returns a short hash of the settings, the name of a cell of a grid.
+def fingerprint(settings: Settings, more: Any = None) -> str:
+    """Returns a short hash of the settings (and of `more`, JSON values): the name of a cell.
 
-    >>> len(fingerprint(Settings()))
-    16
+    >>> len(fingerprint(Settings())), fingerprint(Settings()) == fingerprint(Settings(seed=1))
+    (16, False)
     """
-    text = json.dumps(to_json(settings), sort_keys=True)
+    text = json.dumps([to_json(settings), more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

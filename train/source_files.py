@@ -67,7 +67,7 @@ def file_kind(path: Path) -> FileKind:
     return FILE_KINDS.get(suffix, FILE_KINDS[".txt"])
 
 
-def cut_position(data: bytes, limit: int = PIECE_BYTES) -> int:
+def cut_position(data: bytes, limit: int) -> int:
     """Where to cut `data`, which is longer than `limit`: the last good place not after `limit`.
 
     Good is after a line's end between two characters that are not white space: there byte-level
@@ -106,7 +106,7 @@ def _cut_stream(read: Callable[[int], bytes], where: str) -> Iterator[tuple[str,
             data, ended = data + more, not more
         if len(data) <= PIECE_BYTES:
             break
-        at = cut_position(data)
+        at = cut_position(data, PIECE_BYTES)
         yield _decode(data[:at], where, offset), False
         data, offset = data[at:], offset + at
     if data:

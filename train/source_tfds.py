@@ -81,11 +81,7 @@ def open_examples(spec: TfdsSpec) -> tuple[Any, list[Path]]:
             f"{spec.name} has no field {spec.field!r}; its fields are"
             f" {', '.join(builder.info.features or {})}. Choose one with #FIELD"
         )
-    examples = builder.as_data_source(
-        split=spec.split,
-        decoders=tfds.decode.PartialDecoding({spec.field: True}),
-        file_format="array_record",
-    )
+    examples = builder.as_data_source(split=spec.split, file_format="array_record")
     return examples, [Path(name) for name in builder.info.splits[spec.split].filepaths]
 
 

@@ -1,0 +1,70 @@
+"""Continues a prompt with a trained run.
+
+python -m experiments.generate --run runs/first --prompt "def main(" --max-new-tokens 200
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from experiments.cli import run_main
+from experiments.compilation import use_compilation_cache
+from experiments.run import open_run
+from model.generate import Sampling, generate
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Settings of a generation.
+
+    Attributes:
+      run: folder of the run.
+      prompt: text to continue; empty starts a new document.
+      step: checkpoint, the newest by default.
+      max_new_tokens: at most so many; less where the model's positions end.
+      temperature: 0 for greedy.
+      top_k: keep the k most probable tokens.
+      top_p: keep the most probable tokens up to this probability.
+      samples: how many continuations.
+      seed: of the draws.
+    """
+
+    run: Path
+    prompt: str = ""
+    step: int | None = None
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    samples: int = 1
+    seed: int = 0
+
+
+def main() -> None:
+    """Parses the command line, generates, prints."""
+    import tyro
+
+    command = tyro.cli(Generate, description=__doc__)
+    use_compilation_cache()
+    run = open_run(command.run, command.step)
+    ids = run.tokenizer.encode(command.prompt).tolist() or [run.tokenizer.end_of_document]
+    found = generate(
+        run.model,
+        run.params,
+        [ids] * command.samples,
+        key=jax.random.key(command.seed),
+        max_new_tokens=command.max_new_tokens,
+        sampling=Sampling(command.temperature, command.top_k, command.top_p),
+        stop_tokens=[run.tokenizer.end_of_document],
+    )
+    for number, new in enumerate(found.new_tokens(), start=1):
+        if command.samples > 1:
+            print(f"--- {number}")
+        print(command.prompt + run.tokenizer.decode(new))
+
+
+if __name__ == "__main__":
+    run_main(main)
