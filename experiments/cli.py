@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
+
+from model.generate import Sampling
 
 T = TypeVar("T")
 Choices = Mapping[str, Callable[[], Any]]
@@ -30,21 +33,13 @@ def parse(
     Raises:
       ValueError: a name that its group does not have; the names are listed.
 
-    >>> import dataclasses
-    >>> @dataclasses.dataclass(frozen=True)
-    ... class Small:
-    ...     size: int = 1
-    >>> @dataclasses.dataclass(frozen=True)
-    ... class Command:
-    ...     shape: Small
-    ...     steps: int = 10
-    >>> groups = {"shape": ("small", {"small": Small, "big": lambda: Small(size=9)})}
-    >>> parse(Command, groups, ["--steps", "3", "--shape", "big"])
-    Command(shape=Small(size=9), steps=3)
-    >>> parse(Command, groups, ["--shape", "huge"])
+    >>> groups = {"sampling": ("plain", {"plain": Sampling, "greedy": lambda: Sampling(0)})}
+    >>> parse(_Example, groups, ["--steps", "3", "--sampling", "greedy"])
+    _Example(sampling=Sampling(temperature=0, top_k=None, top_p=None), steps=3)
+    >>> parse(_Example, groups, ["--sampling", "cold"])
     Traceback (most recent call last):
     ...
-    ValueError: no shape is called 'huge'; there are small, big
+    ValueError: no sampling is called 'cold'; there are plain, greedy
     """
     import tyro
 
@@ -61,6 +56,14 @@ def parse(
     )
     text = f"{description}\n\n{names}\n\nSettings of what was named follow as --group.field."
     return tyro.cli(kind, default=kind(**values), args=rest, description=text)
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A command of the doctest above: tyro resolves the types of a class in its module."""
+
+    sampling: Sampling
+    steps: int = 10
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:

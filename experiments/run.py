@@ -139,6 +139,9 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         )
         checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", keep))
         state = _start(settings, tokenizer, checkpoints, execution)
+        if int(state.step) >= settings.steps and (out / "result.json").exists():
+            result = json.loads((out / "result.json").read_text())
+            return Outcome(state, "finished", None, result["evaluation"], result["seconds"])
         cut_back(out / "metrics.jsonl", int(state.step))
         sinks = _sinks(settings, out, execution)
         record = stack.enter_context(Record(out / "metrics.jsonl", sinks))

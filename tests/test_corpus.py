@@ -1,6 +1,7 @@
 """A corpus: nothing lost, nothing in two splits, intact whatever happens to its builders."""
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from train import byte_progress
 from train import corpus as corpus_module
 from train.corpus import SPLITS, build_corpus
 from train.sources import open_source
@@ -58,7 +60,7 @@ def test_every_document_is_in_one_split_in_order(tmp_path):
     texts = many()
     corpus = build_corpus(source_of(tmp_path, texts), Bytes(), tmp_path / "cache")
     found = {name: list(documents(corpus.split(name))) for name in SPLITS}
-    assert sorted(sum(found.values(), [])) == sorted(texts)
+    assert sorted(itertools.chain(*found.values())) == sorted(texts)
     for name, mine in found.items():
         assert mine == [text for text in texts if text in set(mine)]
         assert corpus.split(name).bytes == sum(len(text.encode()) for text in mine)
@@ -317,3 +319,13 @@ def test_progress_counts_all_bytes(tmp_path):
     source = source_of(tmp_path, many())
     build_corpus(source, Bytes(), tmp_path / "cache", progress=progress)
     assert seen[0] == source.size == sum(seen[1:])
+
+
+def test_a_bar_is_shown_only_for_long_work(tmp_path, monkeypatch, capsys):
+    build_corpus(source_of(tmp_path, many()), Bytes(), tmp_path / "cache")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(byte_progress, "MOMENT", -1)
+    build_corpus(source_of(tmp_path, many(401)), Bytes(), tmp_path / "cache")
+    out, shown = capsys.readouterr()
+    assert out == ""
+    assert "tokenizing a.jsonl" in shown

@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +39,7 @@ def build_once(target: Path, read: Callable[[Path], T], write: Callable[[Path], 
         read: opens a finished folder; ValueError where it is damaged (a warning tells).
         write: fills an empty folder. What it raises passes through, and nothing is left.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as name:
     ...     read = lambda folder: (folder / "a").read_text()
     ...     write = lambda folder: print("written", (folder / "a").write_text("content"))
@@ -63,8 +64,7 @@ def _temporary(parent: Path) -> Iterator[Path]:
     """A folder to build in. Its lock ends with the process, however that ends."""
     import fcntl
 
-    path = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
-    path.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would shut other users out of a shared cache
+    path = _new_folder(parent)
     try:
         with open(path / LOCK, "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -73,10 +73,10 @@ def _temporary(parent: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)  # not there any more if it was given its name
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def _new_folder(parent: Path) -> Path:
+    path = parent / f"{BUILDING}{uuid.uuid4().hex}"
+    path.mkdir()  # not mkdtemp, whose 0700 would shut other users out of a shared cache
+    return path
 
 
 def _remove_abandoned(parent: Path) -> None:
@@ -105,7 +105,7 @@ def _install(temporary: Path, target: Path, read: Callable[[Path], T]) -> T:
             try:
                 return read(target)
             except ValueError:  # the damaged one is still there
-                aside = Path(tempfile.mkdtemp(prefix=BUILDING, dir=target.parent))
+                aside = _new_folder(target.parent)
                 os.rename(target, aside / "damaged")
                 shutil.rmtree(aside)
     raise OSError(f"{target} keeps changing: another process seems to remove it again and again")

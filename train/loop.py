@@ -201,7 +201,7 @@ def train(
         if not drain(0):
             outcome.reason = "nonfinite"
         last = int(state.step)
-        if outcome.reason in ("finished", "target") and measure(last):
+        if last > first and outcome.reason in ("finished", "target") and measure(last):
             outcome.reason = "target"
         if last > first:
             keep(last)

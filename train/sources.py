@@ -19,8 +19,8 @@ import math
 import os
 import re
 import sysconfig
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,7 +271,7 @@ def _hash_file(path: Path, memo: Path | None) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if entry is not None and time.time() - stat.st_mtime > MEMO_AGE:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False) as temporary:
-            temporary.write(digest)
-        os.replace(temporary.name, entry)
+        temporary = entry.with_suffix(f".{uuid.uuid4().hex}")
+        temporary.write_text(digest)
+        os.replace(temporary, entry)
     return digest
