@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 from model.config import TransformerConfig
 from model.flops import abstract_params, flops_per_token
 from model.transformer import Transformer
-from train.cache import default_cache
+from train.cache import build_once, default_cache
 from train.checkpoints import Checkpoints, CheckpointSettings
 from train.corpus import Corpus, build_corpus
 from train.data import batches as batch_dataset
@@ -216,7 +216,8 @@ def _run_phase(
         [(corpus.split("train"), weight) for corpus, weight in corpora],
         seed=settings.seed,
         sequence_length=phase.sequence_length,
-        batch_size=phase.batch_size,
+        batch_size=_windows_by_step(settings),
+        window_length=_window_length(settings),
         document_boundaries=settings.document_boundaries,
     )
     held_out = [corpus.split("validation") for corpus, _ in corpora]
@@ -225,7 +226,10 @@ def _run_phase(
     def held_out_batches() -> Iterator[dict[str, np.ndarray]]:
         for split in held_out:
             yield from evaluation_batches(
-                split, sequence_length=phase.sequence_length, batch_size=phase.batch_size
+                split,
+                sequence_length=phase.sequence_length,
+                batch_size=phase.batch_size,
+                document_boundaries=settings.document_boundaries,
             )
 
     def save(step: int, state: State, loss: float | None) -> None:
@@ -237,7 +241,7 @@ def _run_phase(
             jax.jit(step, donate_argnums=0),
             state,
             {},
-            lambda a, b: prefetched(data, a - first, b - first),
+            lambda start, stop: prefetched(data, start, stop),
             until=last,
             record=record,
             settings=execution.loop,
@@ -249,6 +253,31 @@ def _run_phase(
             trace_folder=str(out / "profile"),
             reporter=reporter,
         )
+
+
+def _window_length(settings: Settings) -> int:
+    """Length that all phases cut their rows from: they go on through one order of windows."""
+    return max(phase.sequence_length for phase in settings.phases)
+
+
+def _windows_by_step(settings: Settings) -> int | Callable[[int], int]:
+    """Windows that each step of the run takes.
+
+    Raises:
+      ValueError: a phase whose batch is no whole number of windows.
+    """
+    length = _window_length(settings)
+    windows = []
+    for phase in settings.phases:
+        if length % phase.sequence_length or phase.batch_size % (length // phase.sequence_length):
+            raise ValueError(
+                f"a batch of {phase.batch_size} rows of {phase.sequence_length} tokens is no whole "
+                f"number of the {length}-token windows that all phases share"
+            )
+        windows.append(phase.batch_size * phase.sequence_length // length)
+    if len(set(windows)) == 1:
+        return windows[0]
+    return lambda step: windows[phase_at(settings, step)[0]]
 
 
 def _optimizer(settings: Settings, config: TransformerConfig) -> Any:
@@ -310,10 +339,11 @@ def _tokenizer(settings: Settings, out: Path, source: Any) -> Tokenizer:
         cache = default_cache()
         key = f"{source.fingerprint(cache / 'fingerprints')[:32]}-{size}"
         trained = cache / "tokenizers" / key
-        if not (trained / "kind.json").exists():
-            texts = (piece.content for piece in source.pieces(None))
-            train_sentencepiece(texts, int(size)).save(trained)
-        tokenizer = load_tokenizer(trained)
+
+        def write(folder: Path) -> None:
+            train_sentencepiece(source.documents(), int(size)).save(folder)
+
+        tokenizer = build_once(trained, load_tokenizer, write)
     else:
         tokenizer = load_tokenizer(settings.tokenizer)
     tokenizer.save(folder)
