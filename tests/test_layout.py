@@ -55,7 +55,8 @@ def test_imports_bring_nothing_heavy():
             if path.name != "__init__.py"
         ]
         code = (
-            f"import sys, importlib\n[importlib.import_module(m) for m in {[*packages, *modules]}]\n"
+            "import sys, importlib\n"
+            f"[importlib.import_module(name) for name in {[*packages, *modules]}]\n"
             f"print([name for name in {HEAVY} if name in sys.modules])"
         )
         found = subprocess.run(
