@@ -82,7 +82,9 @@ def _take_names(args: list[str], groups: Mapping[str, Any]) -> tuple[list[str], 
         word = args.pop(0)
         flag, equals, value = word.partition("=")
         group = flag.removeprefix("--")
-        if flag.startswith("--") and group in groups:
+        if flag == "--from":  # a keyword of Python, so the field is called otherwise
+            rest.append("--from-run" + equals + value)
+        elif flag.startswith("--") and group in groups:
             if not equals and not args:
                 raise ValueError(f"{flag} needs a name: {', '.join(groups[group][1])}")
             chosen[group] = value if equals else args.pop(0)

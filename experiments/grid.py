@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.run import Execution, execute
+from experiments.execute import Execution, execute
 from train.loop import LoopSettings
 from train.records import Row, read_rows
 from train.settings import Settings, fingerprint

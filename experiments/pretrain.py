@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from experiments.cli import parse, run_main
 from experiments.compilation import use_compilation_cache
-from experiments.run import Execution, execute
+from experiments.execute import Execution, execute, steps_per_epoch
+from experiments.run import open_run, parse_parent
 from model.config import TransformerConfig
-from model.presets import PRESETS
+from model.presets import PRESETS, modern_mini
 from train.loop import LoopSettings
 from train.optimizer_settings import OptimizerSettings
 from train.optimizers import OPTIMIZERS
@@ -36,9 +37,13 @@ class Pretrain:
       optimizer: name, and its fields.
       schedule: name, and its fields.
       data: sources, each "SPEC" or "WEIGHT*SPEC": "stdlib", a file, a folder, a glob, "tfds:NAME".
-      tokenizer: "bytes", "sentencepiece:N" (trained on the first source), or a path.
+      tokenizer: "bytes", "sentencepiece:N" (trained on the first source), or a path; by default
+        sentencepiece:4096, or the parent's.
       out: folder of the run.
+      from_run: "RUN" or "RUN@STEP": start with the model, parameters and tokenizer of that
+        checkpoint; optimizer state, schedule and data order start anew.
       steps: updates.
+      epochs: passes over the training split in place of steps, with an evaluation after each.
       batch_size: rows of a batch.
       sequence_length: tokens of a row.
       learning_rate: short for --optimizer.learning-rate.
@@ -62,9 +67,11 @@ class Pretrain:
     optimizer: OptimizerSettings
     schedule: Any
     data: tuple[str, ...] = ("stdlib",)
-    tokenizer: str = "sentencepiece:4096"
+    tokenizer: str | None = None
     out: Path = Path("runs/pretrain")
+    from_run: str | None = None
     steps: int = 1000
+    epochs: int | None = None
     batch_size: int = 16
     sequence_length: int = 128
     learning_rate: float | None = None
@@ -89,15 +96,32 @@ def settings_of(command: Pretrain) -> tuple[Settings, Execution]:
     optimizer = command.optimizer
     if command.learning_rate is not None:
         optimizer = dataclasses.replace(optimizer, learning_rate=command.learning_rate)
-    model = command.model
-    if model.positions == "rotary":  # has no table to outgrow
+    model, tokenizer = command.model, command.tokenizer or "sentencepiece:4096"
+    if command.from_run is not None:
+        run = open_run(*parse_parent(command.from_run))
+        model, tokenizer = run.model.config, str(run.folder / "tokenizer")
+        if command.tokenizer not in (None, tokenizer):
+            raise ValueError(f"a run from {command.from_run} keeps its tokenizer; leave it out")
+        if command.model not in (model, modern_mini()):
+            raise ValueError(f"a run from {command.from_run} keeps its model; leave --model out")
+    elif model.positions == "rotary":  # has no table to outgrow
         longest = max(model.max_length, command.sequence_length)
         model = dataclasses.replace(model, max_length=longest)
-    phase = Phase(command.steps, model, command.batch_size, command.sequence_length)
+    steps, evaluate_every = command.steps, command.evaluate_every
+    if command.epochs is not None:
+        evaluate_every = steps_per_epoch(
+            command.data,
+            tokenizer,
+            command.out,
+            batch_size=command.batch_size,
+            sequence_length=command.sequence_length,
+        )
+        steps = command.epochs * evaluate_every
+    phase = Phase(steps, model, command.batch_size, command.sequence_length)
     settings = Settings(
         phases=(phase,),
         data=command.data,
-        tokenizer=command.tokenizer,
+        tokenizer=tokenizer,
         seed=command.seed,
         optimizer=optimizer,
         schedule=command.schedule,
@@ -106,10 +130,11 @@ def settings_of(command: Pretrain) -> tuple[Settings, Execution]:
         label_smoothing=command.label_smoothing,
         z_loss=command.z_loss,
         loss_chunk=command.loss_chunk,
+        parent=command.from_run,
     )
     loop = LoopSettings(
         command.log_every,
-        command.evaluate_every,
+        evaluate_every,
         command.checkpoint_every,
         command.target_loss,
         _profile(command.profile),

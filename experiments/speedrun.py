@@ -20,10 +20,11 @@ import jax
 from experiments.cli import run_main
 from experiments.compare import Curve, picture
 from experiments.compilation import use_compilation_cache
+from experiments.execute import Execution
 from experiments.grid import Cell, Result, run_cells
 from experiments.protocol import table, time_to
 from experiments.recipes import DEMO, baseline, recommended
-from experiments.run import Execution, open_run
+from experiments.run import open_run
 from model.flops import parameter_count
 from model.generate import Sampling, generate
 from train.loop import LoopSettings

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.run import Execution, execute, open_run, read_settings
+from experiments.execute import Execution, execute
+from experiments.run import open_run, read_settings
 from model.presets import gpt2_tiny, modern_tiny
 from train.loop import LoopSettings
 from train.optimizers import OPTIMIZERS
@@ -99,6 +100,12 @@ def test_other_settings_are_refused_by_name(tmp_path, text):
         execute(settings_for(text, seed=7), tmp_path / "run", QUIET)
 
 
+def test_a_folder_is_taken_only_when_the_data_is_there(tmp_path, text):
+    with pytest.raises(ValueError, match=r"no source .*nowhere.txt"):
+        execute(settings_for(tmp_path / "nowhere.txt"), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run" / "settings.json").exists()
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, text, capsys):
     settings = settings_for(text)
     whole = execute(settings, tmp_path / "run", QUIET)
@@ -139,6 +146,29 @@ def test_an_open_run_holds_what_was_trained(tmp_path, text):
         open_run(tmp_path / "run", 15)
     with pytest.raises(FileNotFoundError, match="is no run"):
         open_run(tmp_path)
+
+
+def test_a_run_starts_from_another(tmp_path, text, capsys):
+    parent = execute(settings_for(text), tmp_path / "parent", QUIET)
+    changes = {"parent": f"{tmp_path / 'parent'}@20", "seed": 5}
+    phase = dataclasses.replace(settings_for(text).phases[0], steps=1)
+    tiny = OPTIMIZERS["adam"](learning_rate=1e-12)  # a step that moves nothing visibly
+    child = execute(
+        settings_for(text, phases=(phase,), optimizer=tiny, schedule=Linear(), **changes),
+        tmp_path / "child",
+        QUIET,
+    )
+    assert "parameters and tokenizer are kept" in capsys.readouterr().out
+    ours, theirs = (jax.tree.leaves(run.state.params) for run in (child, parent))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+    other = dataclasses.replace(phase, model=modern_tiny())
+    with pytest.raises(ValueError, match="another model: activation: relu_squared, not gelu"):
+        execute(
+            settings_for(text, phases=(other,), schedule=Linear(), **changes),
+            tmp_path / "other",
+            QUIET,
+        )
 
 
 def test_settings_survive_json(tmp_path, text):
