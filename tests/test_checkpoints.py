@@ -782,3 +782,15 @@ def test_the_manifest_itself(tmp_path):
     assert list(manifest["files"]) == ["inside/file"]
     assert json.loads((tmp_path / MANIFEST).read_text())["content"] == manifest
     assert sorted(os.listdir(tmp_path)) == ["inside", MANIFEST]
+
+
+def test_a_relative_folder_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = {"params": jnp.arange(3.0)}
+    with Checkpoints(Path("runs/a")) as checkpoints:
+        checkpoints.save(1, state, {}, wait=True)
+    assert checkpoints.steps() == [1]
+    save_tree(Path("runs/frozen"), state)
+    np.testing.assert_array_equal(load_tree(Path("runs/frozen"))["params"], state["params"])
+    with Checkpoints(Path("runs/a"), mode="read") as checkpoints:
+        assert checkpoints.restore(state).step == 1

@@ -133,7 +133,8 @@ class Checkpoints:
     ):
         if mode not in ("read", "write"):
             raise ValueError(f"mode is {mode!r}; it is 'read' or 'write'")
-        self.folder, self.settings = Path(folder), settings
+        # Absolute: Orbax refuses other paths, and the caller may change its working directory.
+        self.folder, self.settings = Path(folder).absolute(), settings
         self._pending: concurrent.futures.Future[None] | None = None
         self._damaged: set[int] = set()
         self._writable = mode == "write"

@@ -52,7 +52,7 @@ def save_tree(folder: str | os.PathLike[str], tree: PyTree) -> str:
       OSError: it could not be written; nothing is left behind.
       BlockingIOError: another process is writing it.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # Orbax refuses other paths
     leaves, digest = leaves_by_path(tree, "tree"), tree_hash(tree)
     content = {"hash": digest, "leaves": describe(leaves, "tree")}
     if _holds(folder, digest):
@@ -100,7 +100,7 @@ def load_tree(folder: str | os.PathLike[str], abstract: PyTree = None) -> PyTree
       FileNotFoundError: no such folder.
       ValueError: damaged, naming the file; or another structure, naming the leaves.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # Orbax refuses other paths
     if not folder.is_dir():
         raise FileNotFoundError(f"no tree at {folder}")
     try:
