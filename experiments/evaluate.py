@@ -79,7 +79,11 @@ def main() -> None:
         state,
         {},
         evaluation_batches(
-            split, sequence_length=length, batch_size=command.batch_size, stride=stride
+            split,
+            sequence_length=length,
+            batch_size=command.batch_size,
+            stride=stride,
+            document_boundaries=run.settings.document_boundaries,
         ),
         split.bytes,
     )

@@ -85,7 +85,9 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         state = _start(settings, tokenizer, checkpoints, execution)
         if int(state.step) >= settings.steps and (out / "result.json").exists():
             result = json.loads((out / "result.json").read_text())
-            return Outcome(state, "finished", None, result["evaluation"], result["seconds"])
+            return Outcome(state, result["reason"], None, result["evaluation"], result["seconds"])
+        there = int(state.step) in checkpoints.steps()
+        spent = checkpoints.info(int(state.step))["seconds"] if there else {}
         cut_back(out / "metrics.jsonl", int(state.step))
         sinks = _sinks(settings, out, execution)
         record = stack.enter_context(Record(out / "metrics.jsonl", sinks))
@@ -93,9 +95,9 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
             outcome.reason == "finished" and int(outcome.state.step) < settings.steps
         ):
             state = state if outcome is None else outcome.state
-            outcome = _run_phase(
-                settings, execution, out, tokenizer, corpora, terms, checkpoints, record, state
-            )
+            spent = spent if outcome is None else outcome.seconds
+            plan = (settings, execution, out, tokenizer, corpora, terms)
+            outcome = _run_phase(*plan, checkpoints, record, state, spent)
     write_json(
         out / "result.json",
         {
@@ -137,6 +139,7 @@ def _run_phase(
     checkpoints: Checkpoints,
     record: Record,
     state: State,
+    spent: dict[str, float],
 ) -> Outcome:
     index, first, last = phase_at(settings, int(state.step))
     phase = settings.phases[index]
@@ -173,9 +176,10 @@ def _run_phase(
                 document_boundaries=settings.document_boundaries,
             )
 
-    def save(step: int, state: State, loss: float | None) -> None:
-        checkpoints.save(step, state, {"phase": index}, loss=loss)
+    def save(step: int, state: State, loss: float | None, seconds: dict[str, float]) -> None:
+        checkpoints.save(step, state, {"phase": index, "seconds": seconds}, loss=loss)
 
+    rates = learning_rate_at(settings.optimizer, settings.schedule, settings.steps)
     bar = progress_bar(out.name, int(state.step), last) if execution.progress else None
     with bar or nullcontext(SILENT) as reporter:
         return train(
@@ -188,7 +192,8 @@ def _run_phase(
             settings=execution.loop,
             evaluate=lambda s: evaluate(measure, s, {}, held_out_batches(), held_out_bytes),
             save=save,
-            learning_rate=learning_rate_at(settings.optimizer, settings.schedule, settings.steps),
+            spent=spent,
+            learning_rate=np.asarray(jax.vmap(rates)(jnp.arange(settings.steps))),
             flops_per_token=3 * flops_per_token(config, phase.sequence_length),
             max_nonfinite=settings.max_nonfinite,
             trace_folder=str(out / "profile"),

@@ -82,6 +82,10 @@ def test_resume_is_bitwise(tmp_path, text, name):
     assert [r["step"] for r in rows_of(tmp_path / "whole") if r["kind"] == "train"] == list(
         range(1, 21)
     )
+    first = next(
+        r for r in read_rows(tmp_path / "halves" / "metrics.jsonl") if r["kind"] == "evaluation"
+    )
+    assert sum(halves.seconds.values()) > first["seconds"]  # the time of both starts counts
     losses = [r["loss"] for r in rows_of(tmp_path / "whole") if r["kind"] == "evaluation"]
     assert losses[-1] < losses[0]
 

@@ -11,13 +11,12 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import jax
 import numpy as np
-import optax
 
 from train.meters import Clock, joules, utilization
 from train.plugs import Metrics, PyTree, State
@@ -106,8 +105,9 @@ def train(
     record: Record,
     settings: LoopSettings = LoopSettings(),
     evaluate: Callable[[State], dict[str, float]] | None = None,
-    save: Callable[[int, State, float | None], None] | None = None,
-    learning_rate: optax.Schedule | None = None,
+    save: Callable[[int, State, float | None, dict[str, float]], None] | None = None,
+    spent: Mapping[str, float] | None = None,
+    learning_rate: np.ndarray | None = None,
     flops_per_token: float = 0.0,
     max_nonfinite: int = 5,
     trace_folder: str = "profile",
@@ -124,14 +124,18 @@ def train(
       record: gets the rows.
       settings: see `LoopSettings`.
       evaluate: `state -> {name: mean}`, with "loss" among them.
-      save: `(step, state, loss) -> None`; may return while it still writes.
-      learning_rate: for the record alone.
+      save: `(step, state, loss, seconds) -> None`; may return while it still writes.
+      spent: seconds by kind of what the run did before (earlier phases, earlier starts).
+      learning_rate: of every step of the run, for the record alone; numbers, since computing one
+        on the device would wait for the newest step.
       flops_per_token: of a training step, for the utilization.
       max_nonfinite: as in the step.
       trace_folder: where `profile` goes.
       reporter: shows progress.
     """
     clock, first = Clock(), int(state.step)
+    clock.seconds |= spent or {}
+    before = sum(clock.seconds.values())
     pending: collections.deque[tuple[int, Metrics]] = collections.deque()
     window = _Window(record, settings, learning_rate, flops_per_token, reporter)
     outcome = Outcome(state, "finished", seconds=clock.seconds)
@@ -157,7 +161,9 @@ def train(
         with clock("evaluation"):
             outcome.evaluation = evaluate(state)
         loss = outcome.evaluation["loss"]
-        record.write("evaluation", number, {**outcome.evaluation, "seconds": clock.total()})
+        record.write(
+            "evaluation", number, {**outcome.evaluation, "seconds": before + clock.total()}
+        )
         perplexity = math.exp(min(loss, 700.0))
         reporter.say(f"step {number:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
         window.restart()
@@ -167,12 +173,13 @@ def train(
         nonlocal saved
         if save is not None and (saved != number or number == first):
             with clock("checkpoint"):
-                save(number, state, outcome.evaluation.get("loss") if evaluated == number else None)
+                loss = outcome.evaluation.get("loss") if evaluated == number else None
+                save(number, state, loss, dict(clock.seconds))
             saved = number
             window.restart()
 
     with stop_requests() as requested:
-        source = iter(batches(first, until))
+        source, tracing = iter(batches(first, until)), False
         for number in range(first, until):
             if not drain(IN_FLIGHT - 1):
                 outcome.reason = "nonfinite"
@@ -182,7 +189,10 @@ def train(
                 break
             with clock("data"):
                 batch = jax.device_put(next(source))
-            _profile(settings, number, trace_folder, drain)
+            if tracing != (wanted := _traced(settings, number)):
+                drain(0)
+                _switch_trace(wanted, trace_folder)
+                tracing = wanted
             with clock("compile" if number == first else "step"):
                 # The first call returns when it is compiled; later ones at once.
                 state, metrics = step(state, frozen, batch)
@@ -200,6 +210,8 @@ def train(
                 keep(done)
         if not drain(0):
             outcome.reason = "nonfinite"
+        if tracing:
+            _switch_trace(False, trace_folder)
         last = int(state.step)
         if last > first and outcome.reason in ("finished", "target") and measure(last):
             outcome.reason = "target"
@@ -221,7 +233,6 @@ class _Window:
     def __init__(self, record, settings, learning_rate, flops_per_token, reporter):
         self.record, self.settings, self.reporter = record, settings, reporter
         self.learning_rate, self.flops_per_token = learning_rate, flops_per_token
-        self.tokens = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -244,7 +255,7 @@ class _Window:
         if number % self.settings.log_every:
             return
         if self.learning_rate is not None:
-            scalars["learning_rate"] = float(self.learning_rate(number - 1))
+            scalars["learning_rate"] = float(self.learning_rate[number - 1])
         if "norms" in metrics:
             scalars["norms"] = jax.tree.map(lambda a: np.asarray(a).tolist(), metrics["norms"])
         costs = {
@@ -260,12 +271,12 @@ class _Window:
         self.restart()
 
 
-def _profile(settings: LoopSettings, number: int, folder: str, drain: Any) -> None:
-    if settings.profile is None:
-        return
-    if number == settings.profile[0]:
-        drain(0)
+def _traced(settings: LoopSettings, number: int) -> bool:
+    return settings.profile is not None and settings.profile[0] <= number <= settings.profile[1]
+
+
+def _switch_trace(on: bool, folder: str) -> None:
+    if on:
         jax.profiler.start_trace(folder)
-    if number == settings.profile[1] + 1:
-        drain(0)
+    else:
         jax.profiler.stop_trace()
