@@ -7,32 +7,40 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.assemble import (
+    Parts,
+    abstract_state,
+    assemble,
+    first_frozen,
+    first_state,
+    initial_params,
+    keep_frozen,
+    read_frozen,
+)
+from experiments.prepare import Corpora, open_data
 from experiments.run import config_for, open_run, parse_parent, phase_at, write_json
 from model.config import TransformerConfig
-from model.flops import abstract_params, flops_per_token
+from model.flops import flops_per_token
 from model.transformer import Transformer
-from train.cache import build_once, default_cache
 from train.checkpoints import Checkpoints, CheckpointSettings
-from train.corpus import Corpus, build_corpus
 from train.data import batches as batch_dataset
-from train.data import evaluation_batches, prefetched, windows_per_epoch
+from train.data import evaluation_batches, prefetched
 from train.evaluate import evaluate
 from train.loop import SILENT, LoopSettings, Outcome, reset_nonfinite, train
-from train.losses import cross_entropy, z_loss
-from train.optimizers import build, learning_rate_at
-from train.plugs import LossTerm, State
+from train.losses import cross_entropy
+from train.optimizers import learning_rate_at
+from train.plugs import PyTree, State
 from train.progress import progress_bar
 from train.records import Record, Sink, cut_back
 from train.settings import Settings, differences, to_json
-from train.sources import Source, open_source, parse_mixture
-from train.step import NONFINITE, init_state, make_evaluation_step, make_train_step
-from train.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from train.step import NONFINITE, make_evaluation_step, make_train_step
+from train.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,31 +81,28 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
     tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
     # Only now, so that a mistake in the data leaves no folder that the corrected command refuses.
     write_json(out / "settings.json", to_json(settings))
-    terms = [cross_entropy(settings.label_smoothing)]
-    if settings.z_loss:
-        terms.append(z_loss(weight=settings.z_loss))
     outcome: Outcome | None = None
     with ExitStack() as stack:
         keep = CheckpointSettings(
             execution.loop.checkpoint_every, execution.keep_last, execution.keep_best
         )
         checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", keep))
-        state = _start(settings, tokenizer, checkpoints, execution)
+        start = _start(settings, tokenizer, checkpoints, out, execution)
+        state = start.state
         if int(state.step) >= settings.steps and (out / "result.json").exists():
             result = json.loads((out / "result.json").read_text())
             return Outcome(state, result["reason"], None, result["evaluation"], result["seconds"])
-        there = int(state.step) in checkpoints.steps()
-        spent = checkpoints.info(int(state.step))["seconds"] if there else {}
+        spent = start.seconds
         cut_back(out / "metrics.jsonl", int(state.step))
         sinks = _sinks(settings, out, execution)
         record = stack.enter_context(Record(out / "metrics.jsonl", sinks))
+        plan = _Plan(settings, execution, out, tokenizer, corpora, start.frozen, start.frozen_hash)
         while outcome is None or (
             outcome.reason == "finished" and int(outcome.state.step) < settings.steps
         ):
             state = state if outcome is None else outcome.state
             spent = spent if outcome is None else outcome.seconds
-            plan = (settings, execution, out, tokenizer, corpora, terms)
-            outcome = _run_phase(*plan, checkpoints, record, state, spent)
+            outcome = _run_phase(plan, checkpoints, record, state, spent)
     write_json(
         out / "result.json",
         {
@@ -111,60 +116,55 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
     return outcome
 
 
-def open_data(
-    data: tuple[str, ...], tokenizer_spec: str, out: Path
-) -> tuple[Tokenizer, list[tuple[Corpus, float]]]:
-    """Returns the tokenizer (kept in `out`) and the tokenised sources with their weights."""
-    mixture = [(open_source(spec), weight) for spec, weight in parse_mixture(data)]
-    tokenizer = _tokenizer(tokenizer_spec, out, mixture[0][0])
-    return tokenizer, [(build_corpus(source, tokenizer), weight) for source, weight in mixture]
+class _Plan(NamedTuple):
+    """What all phases of a run share."""
 
-
-def steps_per_epoch(
-    data: tuple[str, ...], tokenizer_spec: str, out: Path, *, batch_size: int, sequence_length: int
-) -> int:
-    """Returns the whole batches in one pass over the training split, at least 1."""
-    _, corpora = open_data(data, tokenizer_spec, out)
-    splits = [(corpus.split("train"), weight) for corpus, weight in corpora]
-    return max(1, windows_per_epoch(splits, sequence_length) // batch_size)
+    settings: Settings
+    execution: Execution
+    out: Path
+    tokenizer: Tokenizer
+    corpora: Corpora
+    frozen: PyTree
+    frozen_hash: str | None
 
 
 def _run_phase(
-    settings: Settings,
-    execution: Execution,
-    out: Path,
-    tokenizer: Tokenizer,
-    corpora: list[tuple[Corpus, float]],
-    terms: list[LossTerm],
+    plan: _Plan,
     checkpoints: Checkpoints,
     record: Record,
     state: State,
     spent: dict[str, float],
 ) -> Outcome:
+    settings, execution = plan.settings, plan.execution
     index, first, last = phase_at(settings, int(state.step))
     phase = settings.phases[index]
-    config = config_for(phase, tokenizer)
-    model = Transformer(config)
-    optimizer = _optimizer(settings, config)
+    config = config_for(phase, plan.tokenizer)
+    parts = assemble(settings, config)
+    model, plugs = Transformer(config), parts.plugs
+    assert plugs.gradient is not None
     step = make_train_step(
         model,
-        terms,
-        optimizer,
+        parts.terms,
+        parts.optimizer,
+        transforms=plugs.transforms,
+        gradient=plugs.gradient,
         micro_batches=settings.micro_batches,
         loss_chunk=settings.loss_chunk,
         max_nonfinite=settings.max_nonfinite,
         log_norms=execution.log_norms,
     )
-    measure = jax.jit(make_evaluation_step(model, [cross_entropy()], (), settings.loss_chunk))
+    measure = jax.jit(
+        make_evaluation_step(model, [cross_entropy()], plugs.transforms, settings.loss_chunk)
+    )
     data = batch_dataset(
-        [(corpus.split("train"), weight) for corpus, weight in corpora],
+        [(corpus.split("train"), weight) for corpus, weight in plan.corpora],
         seed=settings.seed,
         sequence_length=phase.sequence_length,
         batch_size=_windows_by_step(settings),
         window_length=_window_length(settings),
         document_boundaries=settings.document_boundaries,
     )
-    held_out = [corpus.split("validation") for corpus, _ in corpora]
+    held_out = [corpus.split("validation") for corpus, _ in plan.corpora]
     held_out_bytes = sum(split.bytes for split in held_out)
 
     def held_out_batches() -> Iterator[dict[str, np.ndarray]]:
@@ -176,27 +176,31 @@ def _run_phase(
                 document_boundaries=settings.document_boundaries,
             )
 
+    def evaluation(state: State) -> dict[str, float]:
+        return evaluate(measure, state, plan.frozen, held_out_batches(), held_out_bytes)
+
     def save(step: int, state: State, loss: float | None, seconds: dict[str, float]) -> None:
-        checkpoints.save(step, state, {"phase": index, "seconds": seconds}, loss=loss)
+        info = {"phase": index, "seconds": seconds, "frozen": plan.frozen_hash}
+        checkpoints.save(step, state, info, loss=loss)
 
     rates = learning_rate_at(settings.optimizer, settings.schedule, settings.steps)
-    bar = progress_bar(out.name, int(state.step), last) if execution.progress else None
+    bar = progress_bar(plan.out.name, int(state.step), last) if execution.progress else None
     with bar or nullcontext(SILENT) as reporter:
         return train(
             jax.jit(step, donate_argnums=0),
             state,
-            {},
+            plan.frozen,
             lambda start, stop: prefetched(data, start, stop),
             until=last,
             record=record,
             settings=execution.loop,
-            evaluate=lambda s: evaluate(measure, s, {}, held_out_batches(), held_out_bytes),
+            evaluate=evaluation,
             save=save,
             spent=spent,
             learning_rate=np.asarray(jax.vmap(rates)(jnp.arange(settings.steps))),
             flops_per_token=3 * flops_per_token(config, phase.sequence_length),
             max_nonfinite=settings.max_nonfinite,
-            trace_folder=str(out / "profile"),
+            trace_folder=str(plan.out / "profile"),
             reporter=reporter,
         )
 
@@ -226,43 +230,58 @@ def _windows_by_step(settings: Settings) -> int | Callable[[int], int]:
     return lambda step: windows[phase_at(settings, step)[0]]
 
 
-def _optimizer(settings: Settings, config: TransformerConfig) -> Any:
-    abstract = abstract_params(config)
-    return build(settings.optimizer, settings.schedule, settings.steps, abstract)
+class _Start(NamedTuple):
+    """Where a run begins or goes on."""
+
+    state: State
+    frozen: PyTree
+    frozen_hash: str | None
+    seconds: dict[str, float]
 
 
 def _start(
-    settings: Settings, tokenizer: Tokenizer, checkpoints: Checkpoints, execution: Execution
-) -> State:
-    """Returns the newest intact state, or the first one."""
+    settings: Settings,
+    tokenizer: Tokenizer,
+    checkpoints: Checkpoints,
+    out: Path,
+    execution: Execution,
+) -> _Start:
+    """Returns the newest intact state, or the first one, and what does not train."""
     there = checkpoints.steps()
     phase = settings.phases[phase_at(settings, there[-1] if there else 0)[0]]
-    config = config_for(phase, tokenizer)
-    optimizer = _optimizer(settings, config)
-    key_params, key_run = jax.random.split(jax.random.key(settings.seed))
-
-    def first(key_params: jax.Array, key_run: jax.Array) -> State:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        params = Transformer(config).init(key_params, tokens)["params"]
-        return init_state(key_run, params, optimizer)
-
+    parts = assemble(settings, config_for(phase, tokenizer))
     try:
-        found = checkpoints.restore(jax.eval_shape(first, key_params, key_run))
+        found = checkpoints.restore(abstract_state(settings, parts))
     except FileNotFoundError:
-        state = jax.jit(first)(key_params, key_run)
-        return state if settings.parent is None else _adopt(state, settings.parent, config)
+        return _first(settings, parts, out)
     for step, reason in found.skipped:
         print(f"The checkpoint of step {step} is damaged and was passed over: {reason}")
     if execution.progress:
         print(f"Going on from step {found.step} of {settings.steps}")
-    state = found.state
+    state, expected = found.state, found.info.get("frozen")
     if int(state.extra[NONFINITE]["in_a_row"]) >= settings.max_nonfinite:
         state = reset_nonfinite(state)
-    return state
+    return _Start(state, read_frozen(out, parts, expected), expected, found.info.get("seconds", {}))
 
 
-def _adopt(state: State, parent: str, config: TransformerConfig) -> State:
-    """Returns a first state with the parameters of another run.
+def _first(settings: Settings, parts: Parts, out: Path) -> _Start:
+    """Returns the start of a new run: parameters drawn, or taken from the parent."""
+
+    @jax.jit
+    def begin() -> tuple[PyTree, PyTree]:
+        return parts.plugs.split(initial_params(settings, parts.config))
+
+    if settings.parent is None:
+        params, fixed = begin()
+    else:
+        params, fixed = jax.jit(parts.plugs.split)(_adopt(settings.parent, parts.config))
+    frozen = first_frozen(parts, fixed)
+    state = jax.jit(lambda p, f: first_state(settings, parts, p, f))(params, frozen)
+    return _Start(state, frozen, keep_frozen(out, frozen), {})
+
+
+def _adopt(parent: str, config: TransformerConfig) -> PyTree:
+    """Returns the parameters of another run.
 
     Raises:
       ValueError: the parent's model has another config.
@@ -273,7 +292,7 @@ def _adopt(state: State, parent: str, config: TransformerConfig) -> State:
         raise ValueError(f"{parent} has another model: {'; '.join(lines)}")
     print(f"From {run.folder} at step {run.step}: parameters and tokenizer are kept;")
     print("optimizer state, schedule, step number and data order start anew")
-    return State(state.step, run.params, state.optimizer, state.rng, state.extra)
+    return run.params
 
 
 def _compare(settings: Settings, out: Path) -> None:
@@ -287,27 +306,6 @@ def _compare(settings: Settings, out: Path) -> None:
             f"{out} holds a run of other settings; choose another folder, or the same settings:\n  "
             + "\n  ".join(lines)
         )
-
-
-def _tokenizer(spec: str, out: Path, source: Source) -> Tokenizer:
-    """Returns the run's tokenizer; trains it once for a source and size, on this machine."""
-    folder = out / "tokenizer"
-    if (folder / "kind.json").exists():
-        return load_tokenizer(folder)
-    kind, _, size = spec.partition(":")
-    if kind == "sentencepiece" and size.isdecimal():
-        cache = default_cache()
-        key = f"{source.fingerprint(cache / 'fingerprints')[:32]}-{size}"
-        trained = cache / "tokenizers" / key
-
-        def write(folder: Path) -> None:
-            train_sentencepiece(source.documents(), int(size)).save(folder)
-
-        tokenizer = build_once(trained, load_tokenizer, write)
-    else:
-        tokenizer = load_tokenizer(spec)
-    tokenizer.save(folder)
-    return tokenizer
 
 
 def _sinks(settings: Settings, out: Path, execution: Execution) -> tuple[Sink, ...]:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from experiments.cli import parse, run_main
 from experiments.compilation import use_compilation_cache
-from experiments.execute import Execution, execute, steps_per_epoch
+from experiments.execute import Execution, execute
+from experiments.prepare import open_data, steps_per_epoch
 from experiments.run import open_run, parse_parent
 from model.config import TransformerConfig
 from model.presets import PRESETS, modern_mini
@@ -109,12 +110,9 @@ def settings_of(command: Pretrain) -> tuple[Settings, Execution]:
         model = dataclasses.replace(model, max_length=longest)
     steps, evaluate_every = command.steps, command.evaluate_every
     if command.epochs is not None:
+        _, corpora = open_data(command.data, tokenizer, command.out)
         evaluate_every = steps_per_epoch(
-            command.data,
-            tokenizer,
-            command.out,
-            batch_size=command.batch_size,
-            sequence_length=command.sequence_length,
+            corpora, batch_size=command.batch_size, sequence_length=command.sequence_length
         )
         steps = command.epochs * evaluate_every
     phase = Phase(steps, model, command.batch_size, command.sequence_length)

@@ -1,7 +1,9 @@
 """A run: a folder that `experiments.execute` fills and `open_run` opens.
 
 settings.json     what the run is
+data.json         what its text was, by content
 tokenizer/        self-contained
+frozen/           what does not train, if anything
 metrics.jsonl     the record, a row a line
 checkpoints/      state by step
 result.json       how it ended
@@ -16,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.assemble import abstract_state, assemble, effective_weights, read_frozen
+from experiments.methods import METHODS
 from model.config import TransformerConfig
-from model.flops import abstract_params
 from model.transformer import Transformer
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, from_json
@@ -33,7 +36,8 @@ class Run:
       settings: what it is.
       step: of the checkpoint.
       model: with the config of that checkpoint's phase.
-      params: its parameters.
+      params: what its model runs with: what trained and what did not, merged, and the weight
+        transforms applied.
       tokenizer: its tokenizer.
     """
 
@@ -59,9 +63,13 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
         there = checkpoints.steps()
         at = step if step is not None else (there[-1] if there else 0)
         phase = settings.phases[phase_at(settings, at)[0]]
-        config = config_for(phase, tokenizer)
-        found = checkpoints.restore_part("params", abstract_params(config), step)
-    return Run(folder, settings, found.step, Transformer(config), found.state, tokenizer)
+        parts = assemble(settings, config_for(phase, tokenizer))
+        state = abstract_state(settings, parts)
+        found = checkpoints.restore_part("params", state.params, step)
+        extra = checkpoints.restore_part("extra", state.extra, found.step).state
+        frozen = read_frozen(folder, parts, found.info.get("frozen"))
+    params = effective_weights(parts, found.step, found.state, frozen, extra)
+    return Run(folder, settings, found.step, Transformer(parts.config), params, tokenizer)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -69,7 +77,7 @@ def read_settings(folder: Path) -> Settings:
     path = folder / "settings.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no run: it has no settings.json")
-    return from_json(json.loads(path.read_text()))
+    return from_json(json.loads(path.read_text()), METHODS)
 
 
 def phase_at(settings: Settings, step: int) -> tuple[int, int, int]:

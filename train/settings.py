@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, get_type_hints
 
 from model.config import TransformerConfig, config_from_dict
 from model.presets import modern_mini
@@ -61,6 +63,7 @@ class Settings:
       z_loss: weight of log(Z)^2; 0 leaves the term out.
       loss_chunk: positions whose logits are held at a time; None for all.
       max_nonfinite: bad steps in a row that stop the run.
+      methods: typed settings of whatever else is plugged in, in order (see `train.methods`).
       parent: the run and step that it was started from, or None.
     """
 
@@ -76,6 +79,7 @@ class Settings:
     z_loss: float = 0.0
     loss_chunk: int | None = None
     max_nonfinite: int = 5
+    methods: tuple[Any, ...] = ()
     parent: str | None = None
 
     def __post_init__(self):
@@ -87,6 +91,9 @@ class Settings:
                     f"batch_size {phase.batch_size} does not divide into {self.micro_batches} "
                     f"micro-batches; make it a multiple of {self.micro_batches}"
                 )
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each method can be given once, not {', '.join(names)}")
 
     @property
     def steps(self) -> int:
@@ -95,7 +102,7 @@ class Settings:
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
-    """Returns the settings as JSON values; optimizer and schedule carry their name.
+    """Returns the settings as JSON values; optimizer, schedule and methods carry their name.
 
     >>> from_json(json.loads(json.dumps(to_json(Settings())))) == Settings()
     True
@@ -103,11 +110,20 @@ def to_json(settings: Settings) -> dict[str, Any]:
     fields = dataclasses.asdict(settings)
     fields["optimizer"] = {"name": _name_of(settings.optimizer, OPTIMIZERS)} | fields["optimizer"]
     fields["schedule"] = {"name": _name_of(settings.schedule, SCHEDULES)} | fields["schedule"]
+    fields["methods"] = [
+        {"name": method.name} | dataclasses.asdict(method) for method in settings.methods
+    ]
     return fields
 
 
-def from_json(fields: dict[str, Any]) -> Settings:
+def from_json(
+    fields: dict[str, Any], methods: Mapping[str, type[Any]] = MappingProxyType({})
+) -> Settings:
     """Returns the settings that `to_json` wrote.
+
+    Args:
+      fields: JSON values.
+      methods: settings class of each method, by name.
 
     Raises:
       ValueError: on unknown names or fields.
@@ -117,15 +133,25 @@ def from_json(fields: dict[str, Any]) -> Settings:
         Phase(**phase | {"model": config_from_dict(phase["model"])}) for phase in fields["phases"]
     )
     for key, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        values = {name: _tuples(value) for name, value in fields[key].items()}
-        name = values.pop("name")
-        if name not in table:
-            raise ValueError(f"no {key} {name!r}; there are {', '.join(table)}")
-        fields[key] = table[name](**values)
+        fields[key] = _named(key, fields[key], table)
+    fields["methods"] = tuple(_named("method", m, methods) for m in fields.get("methods", ()))
     known = {f.name for f in dataclasses.fields(Settings)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}")
     return Settings(**fields | {"data": tuple(fields["data"])})
+
+
+def _named(what: str, fields: dict[str, Any], table: Mapping[str, type[Any]]) -> Any:
+    """Returns the settings of the class that the fields name."""
+    values = {name: _tuples(value) for name, value in fields.items()}
+    name = values.pop("name")
+    if name not in table:
+        raise ValueError(f"no {what} {name!r}; there are {', '.join(table) or 'none'}")
+    kind = table[name]
+    for key, hint in get_type_hints(kind).items():
+        if hint is TransformerConfig and key in values:
+            values[key] = config_from_dict(values[key])
+    return kind(**values)
 
 
 def fingerprint(settings: Settings, more: Any = None) -> str:

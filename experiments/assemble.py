@@ -1,0 +1,126 @@
+"""From settings to what a run is made of: plugs, optimizer, first state, what is frozen."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model.config import TransformerConfig
+from model.flops import abstract_params
+from model.transformer import Transformer
+from train.losses import cross_entropy, z_loss
+from train.methods import Plugs, Setup, combine
+from train.optimizers import build
+from train.plugs import Context, LossTerm, PyTree, State, merge
+from train.settings import Settings
+from train.step import init_state
+from train.tree_store import load_tree, save_tree, tree_hash
+
+
+class Parts(NamedTuple):
+    """What a phase of a run is made of.
+
+    Attributes:
+      config: of the model.
+      plugs: of all methods together.
+      terms: the loss.
+      optimizer: wrapped by the methods.
+    """
+
+    config: TransformerConfig
+    plugs: Plugs
+    terms: tuple[LossTerm, ...]
+    optimizer: optax.GradientTransformation
+
+
+def assemble(settings: Settings, config: TransformerConfig) -> Parts:
+    """Builds the parts of the phase that trains a model of `config`.
+
+    Raises:
+      ValueError: settings that do not fit the model or each other.
+    """
+    setup = Setup(config, abstract_params(config), settings.steps)
+    plugs = combine([method.build(setup) for method in settings.methods])
+    terms: tuple[LossTerm, ...] = (cross_entropy(settings.label_smoothing),)
+    if settings.z_loss:
+        terms += (z_loss(weight=settings.z_loss),)
+    trained, _ = jax.eval_shape(plugs.split, setup.params)
+    if not jax.tree.leaves(trained):
+        raise ValueError("nothing is left that trains; freeze less")
+    tx = build(settings.optimizer, settings.schedule, settings.steps, trained)
+    return Parts(config, plugs, plugs.terms(terms), plugs.optimizer(tx))
+
+
+def initial_params(settings: Settings, config: TransformerConfig) -> PyTree:
+    """Draws the parameters of the whole model from the seed; traceable."""
+    key, _ = jax.random.split(jax.random.key(settings.seed))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(config).init(key, tokens)["params"]
+
+
+def first_state(settings: Settings, parts: Parts, params: PyTree, frozen: PyTree) -> State:
+    """The state before the first step, for the parameters that train; traceable."""
+    _, key = jax.random.split(jax.random.key(settings.seed))
+    return init_state(key, params, parts.optimizer, parts.plugs.transforms, frozen)
+
+
+def abstract_state(settings: Settings, parts: Parts) -> State:
+    """Shapes of the state, for a checkpoint to be read into; computes nothing."""
+    params = jax.eval_shape(lambda: initial_params(settings, parts.config))
+    trained, _ = jax.eval_shape(parts.plugs.split, params)
+    start = functools.partial(first_state, settings, parts)
+    return jax.eval_shape(start, trained, abstract_frozen(parts))
+
+
+def abstract_frozen(parts: Parts) -> PyTree:
+    """Shapes of everything that does not train, {} where everything does."""
+    _, fixed = jax.eval_shape(parts.plugs.split, abstract_params(parts.config))
+    trees = {name: tree.abstract for name, tree in parts.plugs.frozen.items()}
+    return {**trees, **({"params": fixed} if jax.tree.leaves(fixed) else {})}
+
+
+def first_frozen(parts: Parts, fixed: PyTree) -> PyTree:
+    """Everything that does not train, at the start of a run; `fixed` is what `split` left out."""
+    trees = {name: tree.load() for name, tree in parts.plugs.frozen.items()}
+    return {**trees, **({"params": fixed} if jax.tree.leaves(fixed) else {})}
+
+
+def keep_frozen(out: Path, frozen: PyTree) -> str | None:
+    """Saves what does not train, once a run; returns its hash, which checkpoints name."""
+    return save_tree(out / "frozen", frozen) if jax.tree.leaves(frozen) else None
+
+
+def read_frozen(out: Path, parts: Parts, expected: str | None) -> PyTree:
+    """Reads what does not train.
+
+    Raises:
+      FileNotFoundError, ValueError: it is missing, damaged, or not what the checkpoint was made
+        with (`expected`, its hash).
+    """
+    abstract = abstract_frozen(parts)
+    if not jax.tree.leaves(abstract):
+        return {}
+    frozen = load_tree(out / "frozen", abstract)
+    if (found := tree_hash(frozen)) != expected:
+        raise ValueError(
+            f"{out / 'frozen'} has the hash {found[:12]}, and the checkpoint was made with "
+            f"{str(expected)[:12]}; put the folder back that belongs to it"
+        )
+    return frozen
+
+
+def effective_weights(
+    parts: Parts, step: int, params: PyTree, frozen: PyTree, extra: dict[str, Any]
+) -> PyTree:
+    """What the model runs with: everything merged, and the weight transforms applied."""
+    counts = {term.name: jnp.float32(1) for term in parts.terms}
+    context = Context(jnp.int32(step), None, frozen, extra, counts)
+    weights = merge(params, frozen.get("params", {}))
+    for transform in parts.plugs.transforms:
+        weights = transform.apply(weights, context)
+    return weights

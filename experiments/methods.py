@@ -1,0 +1,52 @@
+"""The methods that a run may be given, by name: what `--method NAME` knows.
+
+Each is a frozen dataclass that builds its plugs (see `train.methods`); what they are made of lies
+in `compress/`, `parallel/` and `train/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from model.rules import match
+from train.methods import Plugs, Setup
+from train.plugs import PyTree
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Keeps the parameters whose path a rule matches as they are.
+
+    They have no gradient, no optimizer state, and are saved once a run.
+
+    Attributes:
+      rules: regexes over parameter paths (see `model.rules`).
+    """
+
+    name: ClassVar[str] = "freeze"
+    rules: tuple[str, ...] = ("token_embedding",)
+
+    def build(self, setup: Setup) -> Plugs:
+        """Splits the parameters by the rules.
+
+        Raises:
+          ValueError: a rule that matches nothing, or only some layers of a stack.
+        """
+        chosen = match([(rule, True) for rule in self.rules], setup.params, default=False)
+
+        def split(params: PyTree) -> tuple[PyTree, PyTree]:
+            return _part(params, chosen, False), _part(params, chosen, True)
+
+        return Plugs(split=split)
+
+
+def _part(params: PyTree, chosen: PyTree, side: bool) -> PyTree:
+    """The leaves on one side, in nested dicts without empty branches."""
+    if not isinstance(params, dict):
+        return params if chosen is side else {}
+    parts = {name: _part(value, chosen[name], side) for name, value in params.items()}
+    return {name: p for name, p in parts.items() if not (isinstance(p, dict) and not p)}
+
+
+METHODS: dict[str, type[Any]] = {method.name: method for method in (Freeze,)}

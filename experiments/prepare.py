@@ -1,0 +1,93 @@
+"""From the data that settings name to a tokenizer and token windows, recorded by content."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.run import write_json
+from train.cache import build_once, default_cache
+from train.corpus import Corpus, build_corpus
+from train.data import windows_per_epoch
+from train.settings import differences
+from train.sources import Source, open_source, parse_mixture
+from train.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+
+Corpora = list[tuple[Corpus, float]]
+
+
+def open_data(data: tuple[str, ...], tokenizer_spec: str, out: Path) -> tuple[Tokenizer, Corpora]:
+    """Returns the tokenizer (kept in `out`) and the tokenised sources with their weights.
+
+    Raises:
+      ValueError: a source that cannot be read, or that has changed since the run in `out` began.
+    """
+    mixture = [(open_source(spec), weight) for spec, weight in parse_mixture(data)]
+    tokenizer = _tokenizer(tokenizer_spec, out, mixture[0][0])
+    corpora = [(build_corpus(source, tokenizer), weight) for source, weight in mixture]
+    _record(corpora, out)
+    return tokenizer, corpora
+
+
+def steps_per_epoch(corpora: Corpora, *, batch_size: int, sequence_length: int) -> int:
+    """Returns the whole batches in one pass over the training split, at least 1."""
+    splits = [(corpus.split("train"), weight) for corpus, weight in corpora]
+    return max(1, windows_per_epoch(splits, sequence_length) // batch_size)
+
+
+def describe(corpora: Corpora) -> list[str]:
+    """Returns a line for each source: name, start of its hash, tokens by split."""
+    lines = []
+    for corpus, weight in corpora:
+        sizes = (f"{name} {len(split.tokens):,}" for name, split in corpus.splits.items())
+        share = "" if len(corpora) == 1 else f"  weight {weight:.3g}"
+        lines.append(
+            f"{corpus.name} (sha256 {corpus.fingerprint[:12]})  tokens: {', '.join(sizes)}{share}"
+        )
+    return lines
+
+
+def _record(corpora: Corpora, out: Path) -> None:
+    """Writes what the data is, by content, or compares with what was written at the start."""
+    facts: list[dict[str, Any]] = [
+        {
+            "name": corpus.name,
+            "sha256": corpus.fingerprint,
+            "tokenizer": corpus.tokenizer,
+            "tokens": {name: len(split.tokens) for name, split in corpus.splits.items()},
+        }
+        for corpus, _ in corpora
+    ]
+    path = out / "data.json"
+    if not path.exists():
+        write_json(path, facts)
+        return
+    before = json.loads(path.read_text())
+    ours, theirs = ({f"source {i + 1}": f for i, f in enumerate(e)} for e in (facts, before))
+    if lines := differences(ours, theirs):
+        raise ValueError(
+            f"the data has changed since the run in {out} began; give it back as it was, or choose "
+            "another folder:\n  " + "\n  ".join(lines)
+        )
+
+
+def _tokenizer(spec: str, out: Path, source: Source) -> Tokenizer:
+    """Returns the run's tokenizer; trains it once for a source and size, on this machine."""
+    folder = out / "tokenizer"
+    if (folder / "kind.json").exists():
+        return load_tokenizer(folder)
+    kind, _, size = spec.partition(":")
+    if kind == "sentencepiece" and size.isdecimal():
+        cache = default_cache()
+        key = f"{source.fingerprint(cache / 'fingerprints')[:32]}-{size}"
+        trained = cache / "tokenizers" / key
+
+        def write(folder: Path) -> None:
+            train_sentencepiece(source.documents(), int(size)).save(folder)
+
+        tokenizer = build_once(trained, load_tokenizer, write)
+    else:
+        tokenizer = load_tokenizer(spec)
+    tokenizer.save(folder)
+    return tokenizer
