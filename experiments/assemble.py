@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from train.losses import cross_entropy, z_loss
 from train.methods import Plugs, Setup, combine
 from train.optimizers import build
-from train.plugs import Context, LossTerm, PyTree, State, merge
+from train.plugs import Context, LossTerm, PyTree, State, merge, whole
 from train.settings import Settings
 from train.step import init_state
 from train.tree_store import load_tree, save_tree, tree_hash
@@ -66,7 +66,8 @@ def initial_params(settings: Settings, config: TransformerConfig) -> PyTree:
 def first_state(settings: Settings, parts: Parts, params: PyTree, frozen: PyTree) -> State:
     """The state before the first step, for the parameters that train; traceable."""
     _, key = jax.random.split(jax.random.key(settings.seed))
-    return init_state(key, params, parts.optimizer, parts.plugs.transforms, frozen)
+    gradient = parts.plugs.gradient or whole
+    return init_state(key, params, parts.optimizer, parts.plugs.transforms, frozen, gradient)
 
 
 def abstract_state(settings: Settings, parts: Parts) -> State:

@@ -23,7 +23,7 @@ from experiments.assemble import (
     keep_frozen,
     read_frozen,
 )
-from experiments.prepare import Corpora, open_data
+from experiments.prepare import Corpora, describe, open_data
 from experiments.run import config_for, open_run, parse_parent, phase_at, write_json
 from model.config import TransformerConfig
 from model.flops import flops_per_token
@@ -35,7 +35,7 @@ from train.evaluate import evaluate
 from train.loop import SILENT, LoopSettings, Outcome, reset_nonfinite, train
 from train.losses import cross_entropy
 from train.optimizers import learning_rate_at
-from train.plugs import PyTree, State
+from train.plugs import PyTree, State, whole
 from train.progress import progress_bar
 from train.records import Record, Sink, cut_back
 from train.settings import Settings, differences, to_json
@@ -79,6 +79,8 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
     out = Path(out)
     _compare(settings, out)
     tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
+    if execution.progress:
+        print("\n".join(f"data: {line}" for line in describe(corpora)))
     # Only now, so that a mistake in the data leaves no folder that the corrected command refuses.
     write_json(out / "settings.json", to_json(settings))
     outcome: Outcome | None = None
@@ -141,13 +143,12 @@ def _run_phase(
     config = config_for(phase, plan.tokenizer)
     parts = assemble(settings, config)
     model, plugs = Transformer(config), parts.plugs
-    assert plugs.gradient is not None
     step = make_train_step(
         model,
         parts.terms,
         parts.optimizer,
         transforms=plugs.transforms,
-        gradient=plugs.gradient,
+        gradient=plugs.gradient or whole,
         micro_batches=settings.micro_batches,
         loss_chunk=settings.loss_chunk,
         max_nonfinite=settings.max_nonfinite,

@@ -11,7 +11,7 @@ import pytest
 from model.presets import gpt2_tiny, modern_tiny
 from model.transformer import Transformer
 from train.losses import counts_of, cross_entropy, loss_function, mean_squared_error, z_loss
-from train.plugs import Context, LossTerm, View, WeightTransform
+from train.plugs import Context, Gradient, LossTerm, View, WeightTransform, whole
 from train.step import NONFINITE, init_state, layer_norms, make_evaluation_step, make_train_step
 
 MODEL = Transformer(modern_tiny(zero_init_projections=False))
@@ -250,3 +250,33 @@ def test_terms_need_names_of_their_own():
         loss_function(MODEL, [cross_entropy(), cross_entropy()])
     with pytest.raises(ValueError, match="label_smoothing"):
         cross_entropy(1.0)
+
+
+def test_a_gradient_function_may_remember():
+    """What it carries lies in `extra`, goes through micro-batches, and stays at a bad step."""
+
+    def init(params, frozen):
+        return {"sum": jax.tree.map(jnp.zeros_like, params), "calls": jnp.int32(0)}
+
+    def apply(loss, params, batch, context, carry):
+        grads, metrics = whole(loss, params, batch, context)
+        return (
+            grads,
+            metrics,
+            {"sum": optax.tree.add(carry["sum"], grads), "calls": carry["calls"] + 1},
+        )
+
+    gradient = Gradient("memory", init, apply)
+    terms, optimizer, params = [cross_entropy()], optax.sgd(0.1), params_of(MODEL)
+    state = init_state(jax.random.key(0), params, optimizer, gradient=gradient)
+    step = jax.jit(make_train_step(MODEL, terms, optimizer, gradient=gradient, micro_batches=2))
+    after, _ = step(state, {}, batch_of())
+    assert int(after.extra["memory"]["calls"]) == 2
+    moved = jax.tree.map(lambda old, g: old - 0.1 * g, params, after.extra["memory"]["sum"])
+    assert relative_distance(moved, after.params) < 1e-6
+    broken = {**batch_of(), "weights": jnp.full((4, 8), jnp.nan)}
+    bad, metrics = step(after, {}, broken)
+    assert bool(metrics["skipped"])
+    assert int(bad.extra["memory"]["calls"]) == 2
+    with pytest.raises(ValueError, match="names of their own"):
+        init_state(jax.random.key(0), params, optimizer, gradient=gradient._replace(name=NONFINITE))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import optax
 
 from model.config import TransformerConfig
-from train.plugs import GradientFunction, LossTerm, PyTree, WeightTransform, merge, whole
+from train.plugs import Gradient, GradientFunction, LossTerm, PyTree, WeightTransform, merge
 
 
 class Setup(NamedTuple):
@@ -70,7 +70,7 @@ class Plugs:
 
     transforms: tuple[WeightTransform, ...] = ()
     terms: Callable[[tuple[LossTerm, ...]], tuple[LossTerm, ...]] = _same
-    gradient: GradientFunction | None = None
+    gradient: Gradient | GradientFunction | None = None
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _same
     split: Callable[[PyTree], tuple[PyTree, PyTree]] = everything_trains
     frozen: Mapping[str, FrozenTree] = field(default_factory=dict)
@@ -125,7 +125,7 @@ def combine(parts: Sequence[Plugs]) -> Plugs:
     return Plugs(
         tuple(transform for part in parts for transform in part.transforms),
         terms,
-        gradients[0] if gradients else whole,
+        gradients[0] if gradients else None,
         optimizer,
         split,
         {name: tree for part in parts for name, tree in part.frozen.items()},

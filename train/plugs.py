@@ -157,6 +157,38 @@ def whole(
     return grads, metrics
 
 
+class Gradient(NamedTuple):
+    """Plug 3a with a memory, such as the error that compression has left out so far.
+
+    Attributes:
+      name: its key in `State.extra`.
+      init: `(params, frozen) -> carry`.
+      apply: `(loss, params, batch, context, carry) -> (grads, metrics, carry)`.
+    """
+
+    name: str
+    init: Callable[[PyTree, PyTree], PyTree]
+    apply: Callable[..., tuple[PyTree, Metrics, PyTree]]
+
+
+def with_memory(gradient: GradientFunction | Gradient) -> Gradient:
+    """Returns a gradient function as one with a memory that is empty.
+
+    >>> plug = with_memory(whole)
+    >>> plug.init(None, None)
+    {}
+    """
+    if isinstance(gradient, Gradient):
+        return gradient
+
+    def apply(
+        loss: LossFunction, params: PyTree, batch: Batch, context: Context, carry: PyTree
+    ) -> tuple[PyTree, Metrics, PyTree]:
+        return *gradient(loss, params, batch, context), carry
+
+    return Gradient("gradient", _no_extra, apply)
+
+
 def merge(params: PyTree, frozen: PyTree) -> PyTree:
     """Returns one nested dict out of the leaves that train and those that do not.
 

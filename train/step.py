@@ -14,6 +14,7 @@ from train.losses import counts_of, loss_function
 from train.plugs import (
     Batch,
     Context,
+    Gradient,
     GradientFunction,
     LossFunction,
     LossTerm,
@@ -22,6 +23,7 @@ from train.plugs import (
     State,
     WeightTransform,
     whole,
+    with_memory,
 )
 
 Step = Callable[[State, PyTree, Batch], tuple[State, Metrics]]
@@ -34,6 +36,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     transforms: Sequence[WeightTransform] = (),
     frozen: PyTree | None = None,
+    gradient: GradientFunction | Gradient = whole,
 ) -> State:
     """Returns the state before the first step.
 
@@ -43,14 +46,17 @@ def init_state(
       optimizer: its state is initialised for them.
       transforms: each puts what it carries into `extra`.
       frozen: what does not train.
+      gradient: as in the step; what it remembers is initialised.
 
     Raises:
-      ValueError: if two transforms have one name.
+      ValueError: if two plugs have one name.
     """
-    names = [transform.name for transform in transforms]
+    plugs: list[WeightTransform | Gradient] = [*transforms, with_memory(gradient)]
+    names = [plug.name for plug in plugs]
     if len(set(names)) < len(names) or NONFINITE in names:
-        raise ValueError(f"weight transforms need names of their own, not {names}")
-    extra = {t.name: t.init(params, {} if frozen is None else frozen) for t in transforms}
+        raise ValueError(f"weight transforms and gradient need names of their own, not {names}")
+    frozen = {} if frozen is None else frozen
+    extra = {plug.name: plug.init(params, frozen) for plug in plugs}
     extra[NONFINITE] = {"in_a_row": jnp.int32(0), "total": jnp.int32(0)}
     return State(jnp.int32(0), params, optimizer.init(params), key, extra)
 
@@ -61,7 +67,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     transforms: Sequence[WeightTransform] = (),
-    gradient: GradientFunction = whole,
+    gradient: GradientFunction | Gradient = whole,
     micro_batches: int = 1,
     loss_chunk: int | None = None,
     max_nonfinite: int = 5,
@@ -83,7 +89,7 @@ def make_train_step(
       optimizer: any Optax transformation; it is also given `value=` (the loss) and `grads=` (the
         raw gradient).
       transforms: weight transforms.
-      gradient: the gradient function.
+      gradient: the gradient function, with a memory or without.
       micro_batches: parts that the batch is split into, one after the other.
       loss_chunk: see `train.losses.loss_function`.
       max_nonfinite: see above.
@@ -94,11 +100,14 @@ def make_train_step(
     """
     loss = loss_function(model, terms, transforms, loss_chunk)
     optimizer = optax.with_extra_args_support(optimizer)
+    plug = with_memory(gradient)
 
     def step(state: State, frozen: PyTree, batch: Batch) -> tuple[State, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         context = Context(state.step, rng, frozen, state.extra, counts_of(terms, batch))
-        grads, metrics = _accumulate(gradient, loss, state.params, batch, context, micro_batches)
+        grads, metrics, carry = _accumulate(
+            plug, loss, state.params, batch, context, state.extra[plug.name], micro_batches
+        )
 
         norm = optax.tree.norm(grads)
         counters = state.extra[NONFINITE]
@@ -113,7 +122,8 @@ def make_train_step(
         extra = {
             t.name: t.update(state.extra[t.name], state.params, grads, context) for t in transforms
         }
-        old = (state.params, state.optimizer, {t.name: state.extra[t.name] for t in transforms})
+        extra[plug.name] = carry
+        old = (state.params, state.optimizer, {name: state.extra[name] for name in extra})
         params, optimizer_state, extra = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, optimizer_state, extra), old
         )
@@ -174,16 +184,17 @@ def layer_norms(tree: PyTree) -> dict[str, jax.Array]:
 
 
 def _accumulate(
-    gradient: GradientFunction,
+    gradient: Gradient,
     loss: LossFunction,
     params: PyTree,
     batch: Batch,
     context: Context,
+    carry: PyTree,
     parts: int,
-) -> tuple[PyTree, Metrics]:
+) -> tuple[PyTree, Metrics, PyTree]:
     """Sums gradients and metrics over the parts of the batch (both are shares of global means)."""
     if parts == 1:
-        return gradient(loss, params, batch, context)
+        return gradient.apply(loss, params, batch, context, carry)
     rows = batch["tokens"].shape[0]
     if rows % parts:
         raise ValueError(
@@ -192,18 +203,21 @@ def _accumulate(
         )
     split = jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), batch)
 
-    def part(number, batch):
+    def part(number, batch, carry):
         rng = None if context.rng is None else jax.random.fold_in(context.rng, number)
-        return gradient(loss, params, batch, context._replace(rng=rng))
+        return gradient.apply(loss, params, batch, context._replace(rng=rng), carry)
 
-    def add(sums, numbered):
-        new = part(*numbered)
-        return jax.tree.map(lambda s, n: s + n.astype(s.dtype), sums, new), None
+    def add(so_far, numbered):
+        sums, carry = so_far
+        number, batch = numbered
+        *new, carry = part(number, batch, carry)
+        return (jax.tree.map(lambda s, n: s + n.astype(s.dtype), sums, new), carry), None
 
     # Sums are at least float32: bfloat16 would lose what late micro-batches add.
-    shapes = jax.eval_shape(part, jnp.int32(0), jax.tree.map(lambda a: a[0], split))
+    first = jax.tree.map(lambda a: a[0], split)
+    *shapes, _ = jax.eval_shape(part, jnp.int32(0), first, carry)
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
     )
-    (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
-    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), metrics
+    ((grads, metrics), carry), _ = jax.lax.scan(add, (zeros, carry), (jnp.arange(parts), split))
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), metrics, carry
