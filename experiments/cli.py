@@ -5,6 +5,8 @@ A name picks which dataclass a group of settings is; tyro then makes a flag of e
 
 from __future__ import annotations
 
+import dataclasses
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +60,61 @@ def parse(
     return tyro.cli(kind, default=kind(**values), args=rest, description=text)
 
 
+def parse_with_methods(
+    kind: type[T],
+    groups: Mapping[str, tuple[str, Choices]],
+    methods: Choices,
+    args: Sequence[str] | None = None,
+    description: str = "",
+) -> tuple[T, tuple[Any, ...]]:
+    """Parses a command line on which `--method NAME` may stand any number of times.
+
+    Args:
+      kind: as in `parse`.
+      groups: as in `parse`.
+      methods: name -> function that makes the default settings of that method.
+      args: as in `parse`.
+      description: as in `parse`.
+
+    Returns:
+      The command, and the settings of the methods in the order given.
+
+    Raises:
+      ValueError: as in `parse`; a method that there is not, or given twice.
+
+    >>> words = ["--method", "noise", "--noise.top-k", "4"]
+    >>> groups = {"sampling": ("plain", {"plain": Sampling})}
+    >>> parse_with_methods(_Example, groups, {"noise": Sampling}, words)[1]
+    (Sampling(temperature=1.0, top_k=4, top_p=None),)
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    names, rest = [], []
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag != "--method":
+            rest.append(word)
+            continue
+        if not equals and not words:
+            raise ValueError(f"--method needs a name: {', '.join(methods)}")
+        name = value if equals else words.pop(0)
+        if name not in methods:
+            raise ValueError(f"no method is called {name!r}; there are {', '.join(methods)}")
+        if name in names:
+            raise ValueError(f"the method {name} is given twice; give it once")
+        names.append(name)
+    fields = []
+    for name in names:
+        default = methods[name]()
+        fields.append((name, type(default), dataclasses.field(default=default)))
+    extended: Any = dataclasses.make_dataclass(
+        kind.__name__, fields, bases=(kind,), namespace={"__doc__": kind.__doc__}, frozen=True
+    )
+    known = f"--method NAME, any number of times: {', '.join(methods)}"
+    command = parse(extended, groups, rest, f"{description}\n\n{known}")
+    return command, tuple(getattr(command, name) for name in names)
+
+
 @dataclass(frozen=True)
 class _Example:
     """A command of the doctest above: tyro resolves the types of a class in its module."""
@@ -70,9 +127,12 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Calls a script's main and leaves; an error of the user's is one sentence, not a traceback."""
     try:
         sys.exit(main() or 0)
-    except (ValueError, FileNotFoundError, BlockingIOError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {str(interrupt) or 'nothing more was saved'}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _take_names(args: list[str], groups: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.cli import parse, run_main
+from experiments.cli import parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.execute import Execution, execute
+from experiments.methods import METHODS
 from experiments.prepare import open_data, steps_per_epoch
 from experiments.run import open_run, parse_parent
 from model.config import TransformerConfig
@@ -92,7 +93,7 @@ class Pretrain:
     wandb: bool = False
 
 
-def settings_of(command: Pretrain) -> tuple[Settings, Execution]:
+def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Settings, Execution]:
     """Returns what the command asks for, checked."""
     optimizer = command.optimizer
     if command.learning_rate is not None:
@@ -128,6 +129,7 @@ def settings_of(command: Pretrain) -> tuple[Settings, Execution]:
         label_smoothing=command.label_smoothing,
         z_loss=command.z_loss,
         loss_chunk=command.loss_chunk,
+        methods=methods,
         parent=command.from_run,
     )
     loop = LoopSettings(
@@ -148,16 +150,17 @@ def settings_of(command: Pretrain) -> tuple[Settings, Execution]:
 
 def main() -> int:
     """Parses the command line, trains, and says how it ended."""
-    command = parse(
+    command, methods = parse_with_methods(
         Pretrain,
         {
             "model": ("modern_mini", PRESETS),
             "optimizer": ("muon", OPTIMIZERS),
             "schedule": ("linear", SCHEDULES),
         },
+        METHODS,
         description=__doc__ or "",
     )
-    settings, execution = settings_of(command)
+    settings, execution = settings_of(command, methods)
     use_compilation_cache()
     start = time.perf_counter()
     outcome = execute(settings, command.out, execution)

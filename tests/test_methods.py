@@ -8,17 +8,19 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.cli import parse_with_methods
 from experiments.execute import Execution, execute
 from experiments.methods import METHODS, Freeze
+from experiments.pretrain import Pretrain, settings_of
 from experiments.run import open_run, read_settings
 from model.flops import abstract_params
-from model.presets import gpt2_tiny
+from model.presets import PRESETS, gpt2_tiny
 from train.loop import LoopSettings
 from train.manifest import read_manifest
 from train.methods import FrozenTree, Plugs, Setup, combine
-from train.optimizers import AdamW
+from train.optimizers import OPTIMIZERS, AdamW
 from train.plugs import merge
-from train.schedules import Linear
+from train.schedules import SCHEDULES, Linear
 from train.settings import Phase, Settings, from_json, to_json
 
 QUIET = Execution(LoopSettings(log_every=1, checkpoint_every=3), progress=False)
@@ -146,3 +148,21 @@ def test_plugs_combine_in_order():
     own = Plugs(gradient=lambda *args: None)
     with pytest.raises(ValueError, match="2 methods bring a gradient function"):
         combine([own, own])
+
+
+def test_a_command_names_methods():
+    groups = {
+        "model": ("gpt2_tiny", PRESETS),
+        "optimizer": ("adam", OPTIMIZERS),
+        "schedule": ("linear", SCHEDULES),
+    }
+    words = ["--method", "freeze", "--steps", "7", "--sequence-length", "16"]
+    words += ["--freeze.rules", "head", "blocks/mlp"]
+    command, methods = parse_with_methods(Pretrain, groups, METHODS, words)
+    assert methods == (Freeze(rules=("head", "blocks/mlp")),)
+    assert (command.steps, settings_of(command, methods)[0].methods) == (7, methods)
+    assert parse_with_methods(Pretrain, groups, METHODS, [])[1] == ()
+    with pytest.raises(ValueError, match="no method is called 'frieze'; there are freeze"):
+        parse_with_methods(Pretrain, groups, METHODS, ["--method=frieze"])
+    with pytest.raises(ValueError, match="given twice"):
+        parse_with_methods(Pretrain, groups, METHODS, ["--method=freeze", "--method", "freeze"])

@@ -1,0 +1,86 @@
+"""Fills the README's figures in from the result files, so that they cannot drift.
+
+    python -m experiments.readme
+
+A block between `<!-- NAME -->` and `<!-- /NAME -->` is made by the function of that name below.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+
+
+def demo_output() -> str:
+    """What `make demo` printed, without the progress bars."""
+    return "```\n" + (RESULTS / "demo.txt").read_text().strip() + "\n```"
+
+
+def demo_machine() -> str:
+    """What the demo ran on."""
+    facts = json.loads((RESULTS / "demo.json").read_text())["machine"]
+    return (
+        f"Printed on {facts['cores']} cores of an {facts['processor']} with jax {facts['jax']}; "
+        "one seed, so an illustration and no claim."
+    )
+
+
+def loop() -> str:
+    """The share of the bare step's throughput that the loop keeps."""
+    facts = json.loads((RESULTS / "loop-overhead.json").read_text())
+    return f"{100 * facts['ratio']['median']:.1f} %"
+
+
+def shakespeare() -> str:
+    """Tiny Shakespeare at the size that nanoGPT gives for a CPU."""
+    facts = json.loads((RESULTS / "shakespeare.json").read_text())
+    crossed = [step for step in facts["steps_to_published"] if step]
+    losses = ", ".join(f"{loss:.3f}" for loss in facts["losses"])
+    return (
+        f"Tiny Shakespeare in bytes (4 layers, width 128, context 64, batch 12, {facts['steps']} "
+        f"steps): validation loss {losses} over {facts['seeds']} seeds; nanoGPT gives "
+        f"{facts['published']} for this size, passed after {min(crossed)} to {max(crossed)} steps "
+        "(`python -m experiments.shakespeare --data FILE`)."
+    )
+
+
+# Blocks that stand on lines of their own, and those within a sentence.
+BLOCKS: dict[str, Callable[[], str]] = {"demo-output": demo_output, "demo-machine": demo_machine}
+PHRASES: dict[str, Callable[[], str]] = {"loop": loop, "shakespeare": shakespeare}
+
+
+def filled(text: str) -> str:
+    """Returns the text with every block made anew.
+
+    Raises:
+      ValueError: a block that no function makes, or a function without a block.
+    """
+    found = re.findall(r"<!-- ([\w-]+) -->", text)
+    if sorted(found) != sorted([*BLOCKS, *PHRASES]):
+        known = [*BLOCKS, *PHRASES]
+        raise ValueError(f"the README has the blocks {found}, and there are functions for {known}")
+    for makers, edge in ((BLOCKS, "\n"), (PHRASES, "")):
+        for name, make in makers.items():
+            start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            before, _, rest = text.partition(start)
+            _, closed, after = rest.partition(end)
+            if not closed:
+                raise ValueError(f"the block {name} of the README does not end with {end}")
+            text = f"{before}{start}{edge}{make()}{edge}{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Rewrites the README."""
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text()))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
