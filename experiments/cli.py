@@ -128,11 +128,25 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            if "JAX" not in note:  # which notes that it has cut the traceback, and there is none
+                print(note, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {str(interrupt) or 'nothing more was saved'}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, without the number that the system has for it.
+
+    >>> _sentence(NotADirectoryError(20, "Not a directory", "runs/a"))
+    'Not a directory: runs/a'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return str(error)
 
 
 def _take_names(args: list[str], groups: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:

@@ -5,7 +5,9 @@ python -m experiments.compare runs/first runs/second --out runs/comparison
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,8 @@ def read_curve(folder: Path) -> Curve:
       ValueError: the run has no evaluation yet.
     """
     read_settings(folder)
-    rows: list[Row] = list(read_rows(folder / "metrics.jsonl"))
+    record = folder / "metrics.jsonl"
+    rows: list[Row] = list(read_rows(record)) if record.exists() else []
     rows = [row for row in rows if row["kind"] == "evaluation"]
     if not rows:
         raise ValueError(f"{folder} has no evaluation yet; let it run on")
@@ -64,7 +67,7 @@ def table(curves: Sequence[Curve]) -> str:
     for c in curves:
         ended = c.result.get("reason", "still running")
         cells = (c.name, c.steps[-1], f"{c.seconds[-1]:.1f}", f"{c.losses[-1]:.4f}")
-        best = f"{min(c.losses):.4f}"
+        best = f"{min(c.losses, key=lambda loss: (math.isnan(loss), loss)):.4f}"
         lines.append("| " + " | ".join(map(str, (*cells, best, ended))) + " |")
     return "\n".join(lines)
 
@@ -108,6 +111,9 @@ def main() -> None:
     if not command.runs:
         raise ValueError("name at least one run")
     curves = [read_curve(folder) for folder in command.runs]
+    if len({curve.name for curve in curves}) < len(curves):
+        pairs = zip(curves, command.runs, strict=True)
+        curves = [dataclasses.replace(curve, name=str(folder)) for curve, folder in pairs]
     command.out.mkdir(parents=True, exist_ok=True)
     text = table(curves)
     (command.out / "comparison.md").write_text(text + "\n")

@@ -21,7 +21,7 @@ from train.data import evaluation_batches
 from train.evaluate import evaluate
 from train.losses import cross_entropy
 from train.plugs import State
-from train.sources import open_source
+from train.sources import open_source, parse_mixture
 from train.step import make_evaluation_step
 
 
@@ -31,7 +31,7 @@ class Evaluate:
 
     Attributes:
       run: folder of the run.
-      data: a source; by default the run's first.
+      data: a source; by default the run's first (a converted run has none).
       split: which part of the source.
       protocol: "windows:N" predicts windows of N tokens side by side, each from its own start;
         "stride:N" slides a window of the training length by N tokens, so that all but the first
@@ -69,9 +69,17 @@ def main() -> None:
     command = tyro.cli(Evaluate, description=__doc__)
     use_compilation_cache()
     run = open_run(command.run, command.step)
+    if command.data is None and not run.settings.data:
+        raise ValueError(f"{command.run} was not trained here and has no data; give --data")
     phase = run.settings.phases[phase_at(run.settings, run.step)[0]]
     length, stride = protocol_of(command.protocol, phase.sequence_length)
-    data = command.data or run.settings.data[0].rpartition("*")[2]
+    model = run.model.config
+    if model.positions == "learned" and length > model.max_length:
+        raise ValueError(
+            f"windows of {length} tokens do not fit the {model.max_length} learned positions of "
+            f"{command.run}; give --protocol windows:N with N at most {model.max_length}"
+        )
+    data = command.data or parse_mixture(run.settings.data)[0][0]
     split: Split = build_corpus(open_source(data), run.tokenizer).split(command.split)
     state = State(jnp.int32(run.step), run.params, (), jax.random.key(0), {})
     means = evaluate(

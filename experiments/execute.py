@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +23,17 @@ from experiments.assemble import (
     keep_frozen,
     read_frozen,
 )
-from experiments.prepare import Corpora, describe, open_data
-from experiments.run import config_for, open_run, parse_parent, phase_at, write_json
+from experiments.prepare import Corpora, check_lengths, describe, open_data
+from experiments.run import (
+    STARTING,
+    config_for,
+    forget_start,
+    open_run,
+    parse_parent,
+    phase_at,
+    read_json,
+    write_json,
+)
 from model.config import TransformerConfig
 from model.flops import flops_per_token
 from model.transformer import Transformer
@@ -78,21 +87,26 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
     """
     out = Path(out)
     _compare(settings, out)
-    tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
-    if execution.progress:
-        print("\n".join(f"data: {line}" for line in describe(corpora)))
-    # Only now, so that a mistake in the data leaves no folder that the corrected command refuses.
-    write_json(out / "settings.json", to_json(settings))
+    # Refuses a schedule that does not fit the steps, before any data is read.
+    learning_rate_at(settings.optimizer, settings.schedule, settings.steps)
     outcome: Outcome | None = None
     with ExitStack() as stack:
         keep = CheckpointSettings(
             execution.loop.checkpoint_every, execution.keep_last, execution.keep_best
         )
         checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", keep))
+        # The lock is held from here: what another process has begun is not taken for ours.
+        stack.enter_context(_forgotten_if_it_never_began(out))
+        tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
+        check_lengths(corpora, _window_length(settings))
+        if execution.progress:
+            print("\n".join(f"data: {line}" for line in describe(corpora)))
+        write_json(out / "settings.json", to_json(settings))
+        (out / STARTING).unlink(missing_ok=True)
         start = _start(settings, tokenizer, checkpoints, out, execution)
         state = start.state
         if int(state.step) >= settings.steps and (out / "result.json").exists():
-            result = json.loads((out / "result.json").read_text())
+            result = read_json(out / "result.json")
             return Outcome(state, result["reason"], None, result["evaluation"], result["seconds"])
         spent = start.seconds
         cut_back(out / "metrics.jsonl", int(state.step))
@@ -302,11 +316,25 @@ def _compare(settings: Settings, out: Path) -> None:
     if not path.exists():
         return
     ours = json.loads(json.dumps(to_json(settings)))
-    if lines := differences(ours, json.loads(path.read_text())):
+    if lines := differences(ours, read_json(path)):
         raise ValueError(
             f"{out} holds a run of other settings; choose another folder, or the same settings:\n  "
             + "\n  ".join(lines)
         )
+
+
+@contextmanager
+def _forgotten_if_it_never_began(out: Path) -> Iterator[None]:
+    """An error before the first row leaves nothing that the corrected command would meet."""
+    begun = (out / "settings.json").exists()
+    try:
+        yield
+    except Exception:
+        metrics, settings = out / "metrics.jsonl", out / "settings.json"
+        ours = settings.exists() or (out / STARTING).exists()
+        if ours and not begun and not (metrics.exists() and metrics.stat().st_size):
+            forget_start(out)
+        raise
 
 
 def _sinks(settings: Settings, out: Path, execution: Execution) -> tuple[Sink, ...]:

@@ -48,15 +48,23 @@ def main() -> None:
     import tyro
 
     command = tyro.cli(Generate, description=__doc__)
+    if command.samples < 1:
+        raise ValueError(f"samples is {command.samples}; it must be at least 1")
     use_compilation_cache()
     run = open_run(command.run, command.step)
     ids = run.tokenizer.encode(command.prompt).tolist() or [run.tokenizer.end_of_document]
+    positions = run.model.config.max_length
+    if len(ids) >= positions:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and the model {positions} positions, which leaves "
+            f"none for an answer; give a prompt of at most {positions - 1} tokens"
+        )
     found = generate(
         run.model,
         run.params,
         [ids] * command.samples,
         key=jax.random.key(command.seed),
-        max_new_tokens=command.max_new_tokens,
+        max_new_tokens=min(command.max_new_tokens, positions - len(ids)),
         sampling=Sampling(command.temperature, command.top_k, command.top_p),
         stop_tokens=[run.tokenizer.end_of_document],
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,8 +66,8 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """The last validation loss."""
-        return float(self.evaluations[-1]["loss"])
+        """The last validation loss; NaN if the run diverged before its first evaluation."""
+        return float(self.evaluations[-1]["loss"]) if self.evaluations else math.nan
 
 
 def read_result(cell: Cell, folder: Path) -> Result | None:
@@ -106,8 +107,12 @@ def run_cells(
         spent = (time.monotonic() - start) / 60
         if result is None and (max_minutes is None or spent < max_minutes):
             how = dataclasses.replace(execution or Execution(), loop=cell.loop)
-            if execute(cell.settings, folder / cell.key, how).reason == "signal":
-                raise KeyboardInterrupt
+            outcome = execute(cell.settings, folder / cell.key, how)
+            if outcome.reason == "signal":
+                raise KeyboardInterrupt(
+                    f"{cell.name} is saved at step {int(outcome.state.step)}; "
+                    "the same command goes on from there"
+                )
             result = read_result(cell, folder)
         if result is not None:
             results.append(result)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from experiments.run import write_json
+from experiments.run import begin_start, read_json, write_json
 from train.cache import build_once, default_cache
 from train.corpus import Corpus, build_corpus
 from train.data import windows_per_epoch
@@ -23,6 +22,8 @@ def open_data(data: tuple[str, ...], tokenizer_spec: str, out: Path) -> tuple[To
     Raises:
       ValueError: a source that cannot be read, or that has changed since the run in `out` began.
     """
+    if not (out / "settings.json").exists():
+        begin_start(out)
     mixture = [(open_source(spec), weight) for spec, weight in parse_mixture(data)]
     tokenizer = _tokenizer(tokenizer_spec, out, mixture[0][0])
     corpora = [(build_corpus(source, tokenizer), weight) for source, weight in mixture]
@@ -34,6 +35,18 @@ def steps_per_epoch(corpora: Corpora, *, batch_size: int, sequence_length: int) 
     """Returns the whole batches in one pass over the training split, at least 1."""
     splits = [(corpus.split("train"), weight) for corpus, weight in corpora]
     return max(1, windows_per_epoch(splits, sequence_length) // batch_size)
+
+
+def check_lengths(corpora: Corpora, window: int) -> None:
+    """Raises ValueError for a source that has no window to train on, or nothing to measure on."""
+    for corpus, _ in corpora:
+        tokens = len(corpus.split("train").tokens)
+        if tokens < window + 1:
+            raise ValueError(
+                f"{corpus.name} has {tokens} tokens to train on, fewer than a window of {window} "
+                "and the one after; give more text, or a shorter sequence_length"
+            )
+        corpus.split("validation")
 
 
 def describe(corpora: Corpora) -> list[str]:
@@ -63,7 +76,7 @@ def _record(corpora: Corpora, out: Path) -> None:
     if not path.exists():
         write_json(path, facts)
         return
-    before = json.loads(path.read_text())
+    before = read_json(path)
     ours, theirs = ({f"source {i + 1}": f for i, f in enumerate(e)} for e in (facts, before))
     if lines := differences(ours, theirs):
         raise ValueError(

@@ -111,11 +111,16 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
         model = dataclasses.replace(model, max_length=longest)
     steps, evaluate_every = command.steps, command.evaluate_every
     if command.epochs is not None:
+        if command.epochs < 1:
+            raise ValueError(f"epochs is {command.epochs}; it must be at least 1")
         _, corpora = open_data(command.data, tokenizer, command.out)
         evaluate_every = steps_per_epoch(
             corpora, batch_size=command.batch_size, sequence_length=command.sequence_length
         )
         steps = command.epochs * evaluate_every
+    profile = _profile(command.profile)
+    if profile and profile[0] > steps:
+        raise ValueError(f"profile begins at step {profile[0]}, and the run has {steps}")
     phase = Phase(steps, model, command.batch_size, command.sequence_length)
     settings = Settings(
         phases=(phase,),
@@ -137,7 +142,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
         evaluate_every,
         command.checkpoint_every,
         command.target_loss,
-        _profile(command.profile),
+        profile,
     )
     execution = Execution(
         loop,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.grid import Result
+from train.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,33 @@ def time_to(result: Result, target: float) -> Time:
             f"{result.cell.name} crossed {target:.4f} at step {crossed[0]['step']} and ran to "
             f"{result.step}; set target_loss"
         )
-    phase = result.cell.settings.phases[0]
     training = sum(result.seconds.get(name, 0.0) for name in ("data", "step"))
     return Time(
         result.cell.name,
         bool(crossed),
         result.loss,
         result.step,
-        result.step * phase.batch_size * phase.sequence_length,
+        tokens_until(result.cell.settings, result.step),
         training,
         sum(result.seconds.values()),
     )
+
+
+def tokens_until(settings: Settings, steps: int) -> int:
+    """Returns the tokens of the first `steps` batches of a run.
+
+    >>> from model.presets import gpt2_tiny
+    >>> from train.settings import Phase
+    >>> two = Settings(phases=(Phase(10, gpt2_tiny(), 4, 8), Phase(5, gpt2_tiny(), 4, 16)))
+    >>> tokens_until(two, 10), tokens_until(two, 11)
+    (320, 384)
+    """
+    total = 0
+    for phase in settings.phases:
+        taken = min(steps, phase.steps)
+        total += taken * phase.batch_size * phase.sequence_length
+        steps -= taken
+    return total
 
 
 def table(times: Sequence[Time]) -> str:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from model.transformer import Transformer
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, from_json
 from train.tokenizers import Tokenizer, load_tokenizer
+
+START = ("settings.json", "data.json", "tokenizer", "frozen")  # what a first start writes
+STARTING = ".starting"  # there until all of it is written
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
         found = checkpoints.restore_part("params", state.params, step)
         extra = checkpoints.restore_part("extra", state.extra, found.step).state
         frozen = read_frozen(folder, parts, found.info.get("frozen"))
+    for passed, reason in found.skipped:
+        about = f"The checkpoint of step {passed} is damaged and was passed over: {reason}"
+        print(about, file=sys.stderr)  # what a command prints may be piped on
     params = effective_weights(parts, found.step, found.state, frozen, extra)
     return Run(folder, settings, found.step, Transformer(parts.config), params, tokenizer)
 
@@ -77,7 +85,13 @@ def read_settings(folder: Path) -> Settings:
     path = folder / "settings.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no run: it has no settings.json")
-    return from_json(json.loads(path.read_text()), METHODS)
+    try:
+        return from_json(read_json(path), METHODS)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold the settings of a run as this version writes them ({error}); "
+            "open it with the version that wrote it"
+        ) from error
 
 
 def phase_at(settings: Settings, step: int) -> tuple[int, int, int]:
@@ -109,6 +123,43 @@ def parse_parent(text: str) -> tuple[Path, int | None]:
     """
     folder, at, step = text.rpartition("@")
     return (Path(folder), int(step)) if at and step.isdecimal() else (Path(text), None)
+
+
+def begin_start(out: Path) -> None:
+    """Marks that what a first start is about to put into `out` is ours to remove.
+
+    Raises:
+      ValueError: there are files in `out` that a run would take for its own.
+    """
+    if (out / STARTING).exists():
+        forget_start(out)  # a start that was killed must not lend this one its tokenizer
+    if theirs := [name for name in START if (out / name).exists()]:
+        raise ValueError(f"{out} is no run but holds {', '.join(theirs)}; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / STARTING).touch()
+
+
+def forget_start(out: Path) -> None:
+    """Removes what a first start has put into `out`, for a run that never began."""
+    for name in START:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (out / STARTING).unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+      ValueError: the file is damaged; it is named.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); put it back from a copy") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -85,6 +85,15 @@ class Settings:
     def __post_init__(self):
         if not self.phases:
             raise ValueError("a run needs at least one phase")
+        least = {"seed": 0, "micro_batches": 1, "loss_chunk": 1, "max_nonfinite": 1, "z_loss": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= smallest:
+                raise ValueError(f"{name} is {value}; it must be at least {smallest}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1"
+            )
         for phase in self.phases:
             if phase.batch_size % self.micro_batches:
                 raise ValueError(

@@ -1,0 +1,226 @@
+"""Turns a run into a Hugging Face folder, or a Hugging Face folder into a run.
+
+    python -m experiments.convert --run runs/first --out first-hf
+    python -m experiments.convert --hf first-hf --out runs/again
+
+What comes out opens like any other of its kind: `AutoModelForCausalLM` and `AutoTokenizer` read the
+folder; `experiments.generate`, `experiments.evaluate` and `experiments.pretrain --from` the run.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+
+from experiments.cli import run_main
+from experiments.run import open_run, write_json
+from model import huggingface
+from model.config import TransformerConfig
+from train.checkpoints import Checkpoints
+from train.settings import Phase, Settings, to_json
+from train.step import init_state
+from train.tokenizers import Tokenizer, load_tokenizer
+from train.tokenizers_export import export_files
+
+# Rows of an embedding that no token uses: people round vocabularies up to a multiple of 64 to 512.
+MOST_PADDING = 512
+# Window that a run made from a folder is measured on by default, where its positions allow it.
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Convert:
+    """What to convert: give --run or --hf.
+
+    Attributes:
+      out: folder to make; it must not exist.
+      run: run to turn into a Hugging Face folder.
+      hf: Hugging Face folder to turn into a run.
+      step: checkpoint of the run, the newest by default.
+      tokenizer: for --hf: "bytes", "gpt2:FOLDER" or a path, by default the folder's own.
+      dtype: what parameters are written as; by default a folder gets the run's, a run float32.
+    """
+
+    out: Path
+    run: Path | None = None
+    hf: Path | None = None
+    step: int | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+def to_huggingface(
+    run_folder: Path, out: Path, step: int | None = None, dtype: huggingface.DType | None = None
+) -> list[str]:
+    """Writes a run as a folder that transformers opens, its tokenizer included where that can be.
+
+    Args:
+      run_folder: the run.
+      out: the folder to make.
+      step: checkpoint; None takes the newest that is intact.
+      dtype: type of the weights; None keeps that of the run.
+
+    Returns:
+      Lines to print: what was written, and what was left out and why.
+
+    Raises:
+      ValueError: `out` exists, the checkpoint is damaged, or no format of transformers holds the
+        model.
+      FileNotFoundError: the run, or its checkpoint, is not there.
+    """
+    _check_free(out)
+    run = open_run(run_folder, step)
+    try:
+        files = export_files(Path(run_folder) / "tokenizer")
+        about = f"tokenizer    {', '.join(files)}"
+    except ValueError as error:
+        files, about = {}, f"tokenizer    left out: {error}"
+    end = run.tokenizer.end_of_document  # starts a document as well: there is nothing before it
+    with _made_at_once(out) as folder:
+        extra = {"eos_token_id": end, "bos_token_id": end}
+        huggingface.save(folder, run.model.config, run.params, dtype=dtype, extra=extra)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    return [
+        f"run          {run_folder} at step {run.step}",
+        f"model        {huggingface.CONFIG}, {huggingface.WEIGHTS}: {_size(run.params)}",
+        about,
+        f"folder       {out}",
+    ]
+
+
+def from_huggingface(
+    folder: Path, out: Path, tokenizer: str | None = None, dtype: huggingface.DType = "float32"
+) -> list[str]:
+    """Writes a Hugging Face folder as a run with one checkpoint, of step 0.
+
+    The run has no data and no optimizer state: it is there to be opened and to start others from.
+
+    Args:
+      folder: `config.json` and safetensors of a GPT-2 or Llama model.
+      out: the run to make.
+      tokenizer: see `train.tokenizers.load_tokenizer`; None looks into `folder`.
+      dtype: type of the parameters.
+
+    Returns:
+      Lines to print: what was written.
+
+    Raises:
+      ValueError: `out` exists, the folder holds no model that we compute, no tokenizer is there, or
+        it is that of another model.
+    """
+    _check_free(out)
+    pieces = _tokenizer(folder, tokenizer)
+    config, params = huggingface.load(folder, dtype=dtype)
+    kept, params = _without_padding(config, params, pieces, folder)
+    phase = Phase(1, kept, batch_size=1, sequence_length=min(WINDOW, kept.max_length))
+    settings = Settings(phases=(phase,), data=(), tokenizer=tokenizer or str(folder))
+    with _made_at_once(out) as run:
+        run.mkdir(parents=True)
+        pieces.save(run / "tokenizer")
+        state = init_state(jax.random.key(settings.seed), params, optax.identity())
+        with Checkpoints(run / "checkpoints") as checkpoints:
+            checkpoints.save(0, state, {"phase": 0, "seconds": {}}, wait=True)
+        (run / "metrics.jsonl").touch()
+        write_json(
+            run / "result.json",
+            {"reason": "converted", "from": str(folder), "step": 0, "evaluation": None},
+        )
+        write_json(run / "settings.json", to_json(settings))
+    lines = [
+        f"folder       {folder}",
+        f"model        {_size(params)}",
+        f"tokenizer    {pieces.vocabulary_size:,} pieces, from {tokenizer or folder}",
+        f"run          {out} at step 0",
+    ]
+    if padding := config.vocabulary_size - kept.vocabulary_size:
+        lines.insert(2, f"             without {padding} rows that no piece of the tokenizer uses")
+    return lines
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists already and nothing is overwritten; name a new folder")
+
+
+@contextmanager
+def _made_at_once(out: Path) -> Iterator[Path]:
+    """A name beside `out` for a folder to make; the folder is called `out` once it is complete."""
+    out = out.absolute()
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        _check_free(out)
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tokenizer(folder: Path, spec: str | None) -> Tokenizer:
+    try:
+        found = load_tokenizer(folder if spec is None else spec)
+    except ValueError as error:
+        if spec is not None or not folder.is_dir():
+            raise
+        raise ValueError(f"{error}. Name the one of {folder} with --tokenizer") from None
+    _ = found.end_of_document  # a run cannot do without: refused before the weights are read
+    return found
+
+
+def _without_padding(
+    config: TransformerConfig, params: dict[str, Any], tokenizer: Tokenizer, folder: Path
+) -> tuple[TransformerConfig, dict[str, Any]]:
+    """The model with as many ids as the tokenizer has.
+
+    Raises:
+      ValueError: the tokenizer is that of another model.
+    """
+    size = tokenizer.vocabulary_size
+    if not 0 <= config.vocabulary_size - size <= MOST_PADDING:
+        raise ValueError(
+            f"the model in {folder} has {config.vocabulary_size} ids and the tokenizer has {size}: "
+            "it is not the one that the model was trained with; name that with --tokenizer"
+        )
+    embedding = params["token_embedding"]["embedding"][:size]
+    params = params | {"token_embedding": {"embedding": embedding}}
+    if "head" in params:
+        params = params | {"head": jax.tree.map(lambda leaf: leaf[..., :size], params["head"])}
+    return replace(config, vocabulary_size=size), params
+
+
+def _size(params: Any) -> str:
+    leaves = jax.tree.leaves(params)
+    return f"{sum(leaf.size for leaf in leaves):,} parameters"
+
+
+def main() -> None:
+    """Parses the command line, converts, says where things went."""
+    import tyro
+
+    command = tyro.cli(Convert, description=__doc__)
+    if command.run is not None and command.hf is None:
+        if command.tokenizer is not None:
+            raise ValueError("a run has its own tokenizer; leave --tokenizer out")
+        lines = to_huggingface(command.run, command.out, command.step, command.dtype)
+    elif command.hf is not None and command.run is None:
+        if command.step is not None:
+            raise ValueError("a Hugging Face folder has no steps; leave --step out")
+        kind = command.dtype or "float32"
+        lines = from_huggingface(command.hf, command.out, command.tokenizer, kind)
+    else:
+        given = "both" if command.run is not None else "neither"
+        raise ValueError(f"{given} of --run and --hf were given; name one, to convert from")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_main(main)
