@@ -114,11 +114,15 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         record = stack.enter_context(Record(out / "metrics.jsonl", sinks))
         plan = _Plan(settings, execution, out, tokenizer, corpora, start.frozen, start.frozen_hash)
         while outcome is None or (
-            outcome.reason == "finished" and int(outcome.state.step) < settings.steps
+            outcome.reason == "finished"
+            and outcome.signal is None
+            and int(outcome.state.step) < settings.steps
         ):
             state = state if outcome is None else outcome.state
             spent = spent if outcome is None else outcome.seconds
             outcome = _run_phase(plan, checkpoints, record, state, spent)
+        if outcome.reason == "finished" and int(outcome.state.step) < settings.steps:
+            outcome.reason = "signal"  # between two phases
     write_json(
         out / "result.json",
         {

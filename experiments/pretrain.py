@@ -59,7 +59,7 @@ class Pretrain:
       evaluate_every: steps between evaluations on the whole held-out split.
       checkpoint_every: steps between checkpoints.
       log_every: steps between rows of metrics.jsonl.
-      profile: first and last step of a trace, e.g. 20:22.
+      profile: first and last step of a trace, counted from 1, e.g. 20:22.
       log_norms: record norms of gradients, updates and weights by layer.
       tensorboard: write TensorBoard logs as well.
       wandb: log to Weights & Biases as well.

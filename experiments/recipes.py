@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model.presets import gpt2_mini, modern_mini
 from train.optimizers import Adam, Muon
@@ -26,7 +26,7 @@ class Size:
     layers: int
     width: int
     heads: int
-    optimizer: Muon = Muon()
+    optimizer: Muon = field(default_factory=Muon)
 
 
 # Of three pairs (Muon's rate, AdamW's) tried at the demo's size over 80 steps on seed 0, the

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from model.linear import at_least_float32
+
 
 class Visibility(NamedTuple):
     """Which keys a query may see: those at or before it, of its own segment, inside its window.
@@ -90,7 +92,7 @@ def dot_product_attention(
     # Heads before time: XLA:CPU copies batched products of the other layout, at twice the time.
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     k_BGSK, v_BGSK = (a.transpose(0, 2, 1, 3) for a in (k_BSGK, v_BSGK))
-    dtype = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    dtype = at_least_float32(q_BTHK.dtype)
     scores = jnp.einsum(
         "bgrtk,bgsk->bgrts", q_BGRTK * K**-0.5, k_BGSK, preferred_element_type=dtype
     )

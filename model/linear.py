@@ -74,6 +74,15 @@ class Linear(nn.Module):
         return y + along_last(bias, y)
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """Returns float64 for float64, float32 otherwise; strict promotion has no answer of its own.
+
+    >>> at_least_float32(jnp.bfloat16).__name__
+    'float32'
+    """
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
 def along_last(v: jax.Array, x: jax.Array) -> jax.Array:
     """Returns vector v [D], in the type of x [..., D], with the rank of x.
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.linear import along_last, weight
+from model.linear import along_last, at_least_float32, weight
 
 
 class Norm(nn.Module):
@@ -28,7 +28,7 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = (x.shape[-1],)
         scale = weight(self, "scale", nn.initializers.ones_init(), width, self.parameter_dtype)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = at_least_float32(x.dtype)
         y = x.astype(dtype)
         if self.kind == "layernorm":
             y = y - y.mean(axis=-1, keepdims=True)

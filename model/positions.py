@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from model.linear import at_least_float32
+
 
 class Rotation(NamedTuple):
     """Cosines and sines of the angles, both [B or 1, T, K / 2], float32."""
@@ -36,7 +38,7 @@ def rotate(x_BTNK: jax.Array, by: Rotation) -> jax.Array:
     >>> bool((rotate(x, rotation(jnp.zeros((1, 1), int), 4, 10_000.0)) == x).all())
     True
     """
-    dtype = jnp.promote_types(x_BTNK.dtype, jnp.float32)
+    dtype = at_least_float32(x_BTNK.dtype)
     cos, sin = (a[:, :, None, :].astype(dtype) for a in by)
     x, y = jnp.split(x_BTNK.astype(dtype), 2, axis=-1)
     turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=-1)

@@ -19,7 +19,7 @@ from model.attention import Attention, Visibility, dot_product_attention
 from model.block import Block, BlockOutput, norm
 from model.cache import Cache
 from model.config import TransformerConfig
-from model.linear import linear, take, weight
+from model.linear import at_least_float32, linear, take, weight
 from model.positions import rotation
 
 CAPTURES = ("hidden", "attention")
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
         c = self.config
         kernel_DV = self.token_embedding().T if c.tied_head else self.head_table()
         logits_NV = linear(final_ND, kernel_DV)
-        logits_NV = logits_NV.astype(jnp.promote_types(logits_NV.dtype, jnp.float32))
+        logits_NV = logits_NV.astype(at_least_float32(logits_NV.dtype))
         if c.logit_softcap is not None:
             logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
         return logits_NV

@@ -28,6 +28,9 @@ def evaluate(
       frozen: what does not train.
       batches: of one shape; positions with weight 0 do not count.
       text_bytes: UTF-8 bytes of the text that the tokens stand for.
+
+    Raises:
+      ValueError: there was no batch, or no term is the cross-entropy.
     """
     totals: dict[str, list[float]] = {}
     waiting: list[Sums] = []
@@ -39,11 +42,14 @@ def evaluate(
             entry[1] += float(pair["count"])
 
     for batch in batches:
-        waiting.append(step(state, frozen, batch))
-        if len(waiting) > 2:  # as in the loop: a bounded number in flight
+        if len(waiting) == 2:  # as in the loop: a bounded number in flight
             add(waiting.pop(0))
+        waiting.append(step(state, frozen, batch))
     for sums in waiting:
         add(sums)
+    if "cross_entropy" not in totals:
+        found = f"the terms are {', '.join(totals)}" if totals else "there was no batch"
+        raise ValueError(f"evaluation reports the mean cross-entropy, but {found}")
     means = {name: total / max(count, 1.0) for name, (total, count) in totals.items()}
     nats, count = totals["cross_entropy"]
     means = {"loss": means["cross_entropy"], "tokens": count, **means}

@@ -8,6 +8,7 @@ with several virtual devices deadlocks without a bound.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import time
@@ -18,7 +19,7 @@ from typing import Literal, Protocol
 import jax
 import numpy as np
 
-from train.meters import Clock, joules, utilization
+from train.meters import Clock, Energy, utilization
 from train.plugs import Metrics, PyTree, State
 from train.records import Record
 from train.step import NONFINITE, Step
@@ -37,7 +38,8 @@ class LoopSettings:
         end alone.
       checkpoint_every: steps between two checkpoints; one is always written at the end.
       target_loss: stop at the first evaluation at or under it.
-      profile: (first, last) step of a trace written to `profile/` of the run.
+      profile: (first, last) step of a trace written to `profile/` of the run, counted as in the
+        record: from 1.
     """
 
     log_every: int = 10
@@ -51,8 +53,11 @@ class LoopSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1 step")
-        if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"profile runs from {self.profile[0]} to {self.profile[1]}")
+        if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(
+                f"profile runs from step {self.profile[0]} to {self.profile[1]}; "
+                "give a first step, at least 1, and a last one, at least the first"
+            )
 
 
 @dataclass
@@ -62,7 +67,8 @@ class Outcome:
     Attributes:
       state: the last state; that of the last good step after losses that were not finite.
       reason: "finished", "target", "nonfinite" or "signal".
-      signal: its number, if one was caught.
+      signal: its number, if one was caught; if that was after the last step was dispatched, the
+        reason is "finished" all the same.
       evaluation: the last evaluation, name -> mean.
       seconds: wall-clock seconds by kind: compile, data, step, evaluation, checkpoint.
     """
@@ -137,18 +143,21 @@ def train(
     clock.seconds |= spent or {}
     before = sum(clock.seconds.values())
     pending: collections.deque[tuple[int, Metrics]] = collections.deque()
-    window = _Window(record, settings, learning_rate, flops_per_token, reporter)
+    devices = state.step.sharding.device_set
+    window = _Window(record, settings, learning_rate, flops_per_token, devices, reporter)
     outcome = Outcome(state, "finished", seconds=clock.seconds)
-    evaluated, saved = -1, first
+    evaluated, saved, healthy = -1, first, True
+    traced = range(settings.profile[0], settings.profile[1] + 1) if settings.profile else range(0)
 
     def drain(left: int) -> bool:
-        """Waits until only `left` steps are in flight; False if the run must stop."""
-        healthy = True
+        """Waits until only `left` steps are in flight; False, from then on, if the run must end."""
+        nonlocal healthy
         while len(pending) > left:
             number, metrics = pending.popleft()
             with clock("step"):
                 metrics = jax.device_get(metrics)
-            window.add(number, metrics)
+            if healthy:  # what was dispatched after the last bad step did nothing
+                window.add(number, metrics)
             healthy &= int(metrics["nonfinite_in_a_row"]) < max_nonfinite
         return healthy
 
@@ -158,65 +167,68 @@ def train(
         if evaluate is None or evaluated == number:
             return False
         evaluated = number
-        with clock("evaluation"):
-            outcome.evaluation = evaluate(state)
-        loss = outcome.evaluation["loss"]
-        record.write(
-            "evaluation", number, {**outcome.evaluation, "seconds": before + clock.total()}
-        )
-        perplexity = math.exp(min(loss, 700.0))
-        reporter.say(f"step {number:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
-        window.restart()
+        with window.paused():
+            with clock("evaluation"):
+                outcome.evaluation = evaluate(state)
+            loss, seconds = outcome.evaluation["loss"], before + clock.total()
+            record.write("evaluation", number, {**outcome.evaluation, "seconds": seconds})
+            perplexity = math.exp(min(loss, 700.0))
+            text = f"step {number:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}"
+            reporter.say(text)
         return settings.target_loss is not None and loss <= settings.target_loss
 
     def keep(number: int) -> None:
         nonlocal saved
-        if save is not None and (saved != number or number == first):
-            with clock("checkpoint"):
+        if save is not None and saved != number:
+            with window.paused(), clock("checkpoint"):
                 loss = outcome.evaluation.get("loss") if evaluated == number else None
                 save(number, state, loss, dict(clock.seconds))
             saved = number
-            window.restart()
 
-    with stop_requests() as requested:
-        source, tracing = iter(batches(first, until)), False
-        for number in range(first, until):
+    with stop_requests() as requested, contextlib.ExitStack() as trace:
+        source = iter(batches(first, until))
+        for done in range(first + 1, until + 1):
             if not drain(IN_FLIGHT - 1):
-                outcome.reason = "nonfinite"
                 break
-            if (caught := requested()) is not None:
-                outcome.reason, outcome.signal = "signal", caught
+            if requested() is not None:
+                outcome.reason = "signal"
                 break
             with clock("data"):
                 batch = jax.device_put(next(source))
-            if tracing != (wanted := _traced(settings, number)):
+            if done in traced and done in (traced.start, first + 1):
                 drain(0)
-                _switch_trace(wanted, trace_folder)
-                tracing = wanted
-            with clock("compile" if number == first else "step"):
-                # The first call returns when it is compiled; later ones at once.
+                trace.enter_context(jax.profiler.trace(trace_folder))
+            # The first call returns when it is compiled; later ones at once.
+            compiling = done == first + 1
+            with (
+                window.paused() if compiling else contextlib.nullcontext(),
+                clock("compile" if compiling else "step"),
+                jax.profiler.StepTraceAnnotation("train", step_num=done),
+            ):
                 state, metrics = step(state, frozen, batch)
-            pending.append((number + 1, metrics))
-            if number == first:
-                window.restart()
-            done = number + 1
-            if settings.evaluate_every and done % settings.evaluate_every == 0 and done < until:
+            pending.append((done, metrics))
+            if traced and done == traced[-1]:
                 drain(0)
+                trace.close()
+            if settings.evaluate_every and done % settings.evaluate_every == 0 and done < until:
+                if not drain(0):
+                    break
                 if measure(done):
                     outcome.reason = "target"
                     break
             if done % settings.checkpoint_every == 0 and done < until:
-                drain(0)
+                if not drain(0):
+                    break
                 keep(done)
         if not drain(0):
             outcome.reason = "nonfinite"
-        if tracing:
-            _switch_trace(False, trace_folder)
+        trace.close()
         last = int(state.step)
         if last > first and outcome.reason in ("finished", "target") and measure(last):
             outcome.reason = "target"
         if last > first:
             keep(last)
+        outcome.signal = requested()
     outcome.state = state
     return outcome
 
@@ -228,27 +240,55 @@ def reset_nonfinite(state: State) -> State:
 
 
 class _Window:
-    """Turns the metrics of steps into rows: means over the steps since the last row."""
+    """Turns the metrics of steps into rows: those of the row's step, and costs since the last row.
 
-    def __init__(self, record, settings, learning_rate, flops_per_token, reporter):
+    Costs are those of stepping alone: what happens while it is `paused` does not count.
+    """
+
+    def __init__(self, record, settings, learning_rate, flops_per_token, devices, reporter):
         self.record, self.settings, self.reporter = record, settings, reporter
         self.learning_rate, self.flops_per_token = learning_rate, flops_per_token
+        self.devices, self.energy = devices, Energy()
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the time that went into something else than steps."""
-        self.time, self.timed_tokens, self.timed_steps = time.perf_counter(), 0.0, 0
-        self.cpu, self.joules = time.process_time(), joules()
+        """Starts a row."""
+        self.tokens, self.steps = 0.0, 0
+        self.spent: dict[str, float] = {}
+        self.since = self.meters()
+
+    def meters(self) -> dict[str, float]:
+        clocks = {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+        return {**clocks, **self.energy.joules()}
+
+    def costs(self) -> dict[str, float]:
+        """Returns what was spent on the steps of this row so far."""
+        now = self.meters()
+        return {
+            name: self.spent.get(name, 0.0) + now[name] - self.since.get(name, now[name])
+            for name in now
+        }
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Something else than steps goes on in here."""
+        self.spent = self.costs()
+        yield
+        self.since = self.meters()
 
     def add(self, number: int, metrics: Metrics) -> None:
         scalars = {name: float(v) for name, v in metrics.items() if name != "norms"}
-        self.timed_tokens += scalars["tokens"]
-        self.timed_steps += 1
+        self.tokens += scalars["tokens"]
+        self.steps += 1
         skipped = bool(scalars.pop("skipped"))
         in_a_row = int(scalars.pop("nonfinite_in_a_row"))
-        seconds = time.perf_counter() - self.time
-        speed = self.timed_tokens / seconds if seconds > 0 else 0.0
-        self.reporter.advance(number, {"loss": scalars["loss"], "tokens_per_second": speed})
+        costs = self.costs()
+        seconds = costs.pop("seconds")
+        speed = {"tokens_per_second": self.tokens / seconds if seconds > 0 else 0.0}
+        flops_per_second = speed["tokens_per_second"] * self.flops_per_token
+        if (used := utilization(flops_per_second, self.devices)) is not None:
+            speed["utilization"] = used
+        self.reporter.advance(number, {"loss": scalars["loss"], **speed})
         if skipped:
             self.reporter.say(f"step {number:>6}  not finite: update skipped ({in_a_row} in a row)")
             self.record.write("skipped", number, {"in_a_row": in_a_row})
@@ -258,25 +298,6 @@ class _Window:
             scalars["learning_rate"] = float(self.learning_rate[number - 1])
         if "norms" in metrics:
             scalars["norms"] = jax.tree.map(lambda a: np.asarray(a).tolist(), metrics["norms"])
-        costs = {
-            "tokens_per_second": speed,
-            "step_seconds": seconds / self.timed_steps,
-            "cpu_seconds": time.process_time() - self.cpu,
-        }
-        if (used := utilization(speed * self.flops_per_token)) is not None:
-            costs["utilization"] = used
-        if self.joules is not None and (now := joules()) is not None:
-            costs["joules"] = now - self.joules
-        self.record.write("train", number, {**scalars, **costs})
+        speed["step_seconds"] = seconds / self.steps
+        self.record.write("train", number, {**scalars, **speed, **costs})
         self.restart()
-
-
-def _traced(settings: LoopSettings, number: int) -> bool:
-    return settings.profile is not None and settings.profile[0] <= number <= settings.profile[1]
-
-
-def _switch_trace(on: bool, folder: str) -> None:
-    if on:
-        jax.profiler.start_trace(folder)
-    else:
-        jax.profiler.stop_trace()

@@ -1,10 +1,10 @@
-"""What a run costs: seconds by kind, processor time, energy, and how much of the chip it uses."""
+"""What a run costs: seconds by kind, energy, and how much of the chip it uses."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,  # JAX's name of a v5p; its v5e is the "lite" one
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
 }
@@ -56,23 +57,57 @@ class Clock:
         return time.perf_counter() - self.start
 
 
-def utilization(flops_per_second: float) -> float | None:
-    """Returns the fraction of the peak of all devices, or None where the peak is not known."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if peak is None else flops_per_second / (peak * jax.device_count())
+def utilization(flops_per_second: float, devices: Collection[jax.Device]) -> float | None:
+    """Returns the fraction of the peak of these devices, or None where it is not known.
 
-
-def joules() -> float | None:
-    """Returns the energy counter of the processor packages (Linux RAPL), or None without one.
-
-    Only differences mean anything; the counter wraps after some hours.
+    >>> utilization(1e9, jax.devices("cpu")) is None
+    True
     """
-    total = 0.0
-    domains = sorted(RAPL.glob("intel-rapl:[0-9]*")) if RAPL.is_dir() else []
-    domains = [domain for domain in domains if domain.name.count(":") == 1]  # whole packages
-    for domain in domains:
-        try:
-            total += int((domain / "energy_uj").read_text()) / 1e6
-        except (OSError, ValueError):  # readable by root alone on most machines
-            return None
-    return total if domains else None
+    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    return flops_per_second / sum(known) if known and len(known) == len(peaks) else None
+
+
+class Energy:
+    """Joules used since it was made, by what used them: nothing where the machine does not tell.
+
+    The machine's counters wrap; that is seen as long as it is read more often than they do (a
+    processor package at full load takes some minutes at least).
+
+    >>> set(Energy().joules()) <= {"joules"}
+    True
+    """
+
+    def __init__(self) -> None:
+        self._counters = _rapl_counters()
+        self._last = [_read(counter) for counter, _ in self._counters]
+        self._total = 0.0
+
+    def joules(self) -> dict[str, float]:
+        """Returns {"joules": of the processor packages (Linux RAPL)}, or {}."""
+        if not self._counters:
+            return {}
+        for index, (counter, size) in enumerate(self._counters):
+            now = _read(counter)
+            self._total += (now - self._last[index]) % size / 1e6
+            self._last[index] = now
+        return {"joules": self._total}
+
+
+def _rapl_counters() -> list[tuple[Path, int]]:
+    """Returns (file of microjoules, value at which it wraps) by package; [] if one is closed."""
+    packages = sorted(path for path in RAPL.glob("intel-rapl:*") if path.name.count(":") == 1)
+    try:
+        counters = [
+            (package / "energy_uj", _read(package / "max_energy_range_uj") + 1)
+            for package in packages
+        ]
+        for counter, _ in counters:
+            _read(counter)
+    except (OSError, ValueError):  # readable by root alone on most machines
+        return []
+    return counters
+
+
+def _read(path: Path) -> int:
+    return int(path.read_text())

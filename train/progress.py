@@ -1,4 +1,4 @@
-"""The progress bar of training: loss, tokens a second, time left."""
+"""The progress bar of training: loss, tokens a second, utilization where known, time left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def progress_bar(description: str, start: int, until: int) -> Iterator[Reporter]
 
     console = Console()
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # the name of a folder
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[numbers]}"),
@@ -36,10 +36,12 @@ def progress_bar(description: str, start: int, until: int) -> Iterator[Reporter]
     class Bar:
         def advance(self, step: int, values: dict[str, float]) -> None:
             numbers = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
+            if "utilization" in values:
+                numbers += f"  {values['utilization']:.1%} of peak"
             bar.update(task, completed=step, numbers=numbers)
 
         def say(self, text: str) -> None:
-            bar.console.print(text, highlight=False)
+            bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     with bar:
         yield Bar()

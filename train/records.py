@@ -1,7 +1,7 @@
 """A run's record: `metrics.jsonl`, one JSON object a line, and what else wants to see the numbers.
 
-Every row has `step`, `kind` ("train" or "evaluation") and numbers. The file is the record;
-TensorBoard and Weights & Biases only show it.
+Every row has `step`, `kind` ("train", "evaluation" or "skipped") and numbers. The file is the
+record; TensorBoard and Weights & Biases only show it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,21 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-Sink = Callable[[Row], None]
+
+
+class Sink(NamedTuple):
+    """Another place that rows go to.
+
+    Attributes:
+      write: gets every row.
+      close: called at the end of the record.
+    """
+
+    write: Callable[[Row], None]
+    close: Callable[[], None] = lambda: None
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -23,7 +34,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
       ValueError: if any other line is damaged; it is named.
     """
-    lines = path.read_text().split("\n")
+    lines = path.read_text(errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
@@ -32,7 +43,9 @@ def read_rows(path: Path) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             if number == len(lines):  # no newline after it
                 return
-            raise ValueError(f"line {number} of {path} is no JSON: {error}") from None
+            raise ValueError(
+                f"line {number} of {path} is no JSON ({error}); take the line out to go on"
+            ) from None
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -59,7 +72,15 @@ class Record:
 
     Args:
       path: the file; made if missing, continued otherwise.
-      sinks: called with every row.
+      sinks: get every row, and are closed with it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "metrics.jsonl"
+    ...     with Record(path) as record:
+    ...         _ = record.write("train", 1, {"loss": math.inf})
+    ...     path.read_text()
+    '{"kind": "train", "step": 1, "loss": "inf"}\\n'
     """
 
     def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()):
@@ -70,10 +91,10 @@ class Record:
     def write(self, kind: str, step: int, values: dict[str, Any]) -> Row:
         """Writes one row. Numbers that are not finite become their names: JSON has none."""
         row: Row = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(_plain(row)) + "\n")
+        self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
         self._file.flush()  # a kill loses no row
         for sink in self._sinks:
-            sink(row)
+            sink.write(row)
         return row
 
     def __enter__(self) -> Record:
@@ -81,6 +102,8 @@ class Record:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 def tensorboard_sink(folder: Path) -> Sink:
@@ -91,11 +114,11 @@ def tensorboard_sink(folder: Path) -> Sink:
         raise ImportError("TensorBoard logs need: pip install 'accelerando[log]'") from None
     writer = SummaryWriter(str(folder))
 
-    def sink(row: Row) -> None:
+    def write(row: Row) -> None:
         for name, value in _numbers(row):
-            writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+            writer.add_scalar(name, value, row["step"])
 
-    return sink
+    return Sink(write, writer.close)
 
 
 def wandb_sink(folder: Path, settings: dict[str, Any]) -> Sink:
@@ -106,19 +129,36 @@ def wandb_sink(folder: Path, settings: dict[str, Any]) -> Sink:
         raise ImportError("Weights & Biases needs: pip install 'accelerando[wandb]'") from None
     run = wandb.init(dir=str(folder), config=settings, resume="allow", id=folder.name)
 
-    def sink(row: Row) -> None:
-        run.log({f"{row['kind']}/{n}": v for n, v in _numbers(row)}, step=row["step"])
-
-    return sink
+    return Sink(lambda row: run.log(dict(_numbers(row)), step=row["step"]), run.finish)
 
 
 def _numbers(row: Row) -> list[tuple[str, float]]:
-    return [(name, v) for name, v in row.items() if name != "step" and isinstance(v, int | float)]
+    """Returns (name, number) of all but the step; "train/norms/weight/blocks/attention/q/kernel/0".
+
+    >>> _numbers({"kind": "train", "step": 3, "loss": 2.5, "norms": {"weight": {"head": [1.0]}}})
+    [('train/loss', 2.5), ('train/norms/weight/head/0', 1.0)]
+    """
+    numbers: list[tuple[str, float]] = []
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{name}/{key}", inner)
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                collect(f"{name}/{index}", inner)
+        elif isinstance(value, int | float):
+            numbers.append((name, value))
+
+    collect(row["kind"], {name: v for name, v in row.items() if name not in ("kind", "step")})
+    return numbers
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
