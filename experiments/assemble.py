@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from model.config import TransformerConfig
-from model.flops import abstract_params
 from model.transformer import Transformer
+from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.losses import cross_entropy, z_loss
 from train.methods import Plugs, Setup, combine
 from train.optimizers import build
@@ -44,7 +44,7 @@ def assemble(settings: Settings, config: TransformerConfig) -> Parts:
     Raises:
       ValueError: settings that do not fit the model or each other.
     """
-    setup = Setup(config, abstract_params(config), settings.steps)
+    setup = Setup(config, abstract_whole(settings, config), settings.steps, settings.micro_batches)
     plugs = combine([method.build(setup) for method in settings.methods])
     terms: tuple[LossTerm, ...] = (cross_entropy(settings.label_smoothing),)
     if settings.z_loss:
@@ -60,7 +60,13 @@ def initial_params(settings: Settings, config: TransformerConfig) -> PyTree:
     """Draws the parameters of the whole model from the seed; traceable."""
     key, _ = jax.random.split(jax.random.key(settings.seed))
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, tokens)["params"]
+    params = Transformer(config).init(key, tokens)["params"]
+    return pad_vocabulary(params, settings.vocabulary_multiple)
+
+
+def abstract_whole(settings: Settings, config: TransformerConfig) -> PyTree:
+    """Shapes of the parameters of the whole model, as they are in the state."""
+    return jax.eval_shape(lambda: initial_params(settings, config))
 
 
 def first_state(settings: Settings, parts: Parts, params: PyTree, frozen: PyTree) -> State:
@@ -72,15 +78,14 @@ def first_state(settings: Settings, parts: Parts, params: PyTree, frozen: PyTree
 
 def abstract_state(settings: Settings, parts: Parts) -> State:
     """Shapes of the state, for a checkpoint to be read into; computes nothing."""
-    params = jax.eval_shape(lambda: initial_params(settings, parts.config))
-    trained, _ = jax.eval_shape(parts.plugs.split, params)
+    trained, _ = jax.eval_shape(parts.plugs.split, abstract_whole(settings, parts.config))
     start = functools.partial(first_state, settings, parts)
-    return jax.eval_shape(start, trained, abstract_frozen(parts))
+    return jax.eval_shape(start, trained, abstract_frozen(settings, parts))
 
 
-def abstract_frozen(parts: Parts) -> PyTree:
+def abstract_frozen(settings: Settings, parts: Parts) -> PyTree:
     """Shapes of everything that does not train, {} where everything does."""
-    _, fixed = jax.eval_shape(parts.plugs.split, abstract_params(parts.config))
+    _, fixed = jax.eval_shape(parts.plugs.split, abstract_whole(settings, parts.config))
     trees = {name: tree.abstract for name, tree in parts.plugs.frozen.items()}
     return {**trees, **({"params": fixed} if jax.tree.leaves(fixed) else {})}
 
@@ -96,14 +101,13 @@ def keep_frozen(out: Path, frozen: PyTree) -> str | None:
     return save_tree(out / "frozen", frozen) if jax.tree.leaves(frozen) else None
 
 
-def read_frozen(out: Path, parts: Parts, expected: str | None) -> PyTree:
-    """Reads what does not train.
+def read_frozen(out: Path, abstract: PyTree, expected: str | None) -> PyTree:
+    """Reads what does not train, of the shapes and to the places that `abstract` says.
 
     Raises:
       FileNotFoundError, ValueError: it is missing, damaged, or not what the checkpoint was made
         with (`expected`, its hash).
     """
-    abstract = abstract_frozen(parts)
     if not jax.tree.leaves(abstract):
         return {}
     frozen = load_tree(out / "frozen", abstract)
@@ -124,4 +128,4 @@ def effective_weights(
     weights = merge(params, frozen.get("params", {}))
     for transform in parts.plugs.transforms:
         weights = transform.apply(weights, context)
-    return weights
+    return strip_vocabulary(weights, parts.config.vocabulary_size)

@@ -5,43 +5,46 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments.assemble import (
-    Parts,
-    abstract_state,
     assemble,
-    first_frozen,
-    first_state,
-    initial_params,
-    keep_frozen,
-    read_frozen,
 )
+from experiments.layout import (
+    constrain_of,
+    everywhere,
+    lay_out,
+    mesh_of,
+    of_state,
+    place,
+    report,
+)
+from experiments.methods import check_tokenizer, resolve
 from experiments.prepare import Corpora, check_lengths, describe, open_data
 from experiments.run import (
     STARTING,
     config_for,
     forget_start,
-    open_run,
-    parse_parent,
     phase_at,
     read_json,
+    read_settings,
     write_json,
 )
-from model.config import TransformerConfig
+from experiments.start import start_of
 from model.flops import flops_per_token
 from model.transformer import Transformer
 from train.checkpoints import Checkpoints, CheckpointSettings
 from train.data import batches as batch_dataset
 from train.data import evaluation_batches, prefetched
 from train.evaluate import evaluate
-from train.loop import SILENT, LoopSettings, Outcome, reset_nonfinite, train
+from train.loop import SILENT, LoopSettings, Outcome, train
 from train.losses import cross_entropy
 from train.optimizers import learning_rate_at
 from train.plugs import PyTree, State, whole
@@ -64,6 +67,8 @@ class Execution:
       progress: draw a progress bar and print evaluations.
       tensorboard: also write TensorBoard logs to `tensorboard/`.
       wandb: also log to Weights & Biases.
+      mesh: devices by axis, as in "data=2,tensor=4"; -1 for all that are left, "" for one device.
+      strategies: "zero1" divides optimizer state over `data`, "sequence" time over `tensor`.
     """
 
     loop: LoopSettings = field(default_factory=LoopSettings)
@@ -73,6 +78,8 @@ class Execution:
     progress: bool = True
     tensorboard: bool = False
     wandb: bool = False
+    mesh: str = ""
+    strategies: tuple[str, ...] = ()
 
 
 def execute(settings: Settings, out: Path, execution: Execution = Execution()) -> Outcome:
@@ -86,9 +93,11 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         fit each other or the data.
     """
     out = Path(out)
+    settings = resolve(settings, read_settings(out) if (out / "settings.json").exists() else None)
     _compare(settings, out)
     # Refuses a schedule that does not fit the steps, before any data is read.
     learning_rate_at(settings.optimizer, settings.schedule, settings.steps)
+    mesh = mesh_of(execution.mesh)
     outcome: Outcome | None = None
     with ExitStack() as stack:
         keep = CheckpointSettings(
@@ -99,11 +108,13 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         stack.enter_context(_forgotten_if_it_never_began(out))
         tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
         check_lengths(corpora, _window_length(settings))
+        check_tokenizer(settings, tokenizer)
         if execution.progress:
             print("\n".join(f"data: {line}" for line in describe(corpora)))
         write_json(out / "settings.json", to_json(settings))
         (out / STARTING).unlink(missing_ok=True)
-        start = _start(settings, tokenizer, checkpoints, out, execution)
+        stack.enter_context(jax.set_mesh(mesh))
+        start = start_of(settings, tokenizer, checkpoints, out, execution.strategies, mesh, print)
         state = start.state
         if int(state.step) >= settings.steps and (out / "result.json").exists():
             result = read_json(out / "result.json")
@@ -112,7 +123,9 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         cut_back(out / "metrics.jsonl", int(state.step))
         sinks = _sinks(settings, out, execution)
         record = stack.enter_context(Record(out / "metrics.jsonl", sinks))
-        plan = _Plan(settings, execution, out, tokenizer, corpora, start.frozen, start.frozen_hash)
+        plan = _Plan(
+            settings, execution, out, tokenizer, corpora, mesh, start.frozen, start.frozen_hash
+        )
         while outcome is None or (
             outcome.reason == "finished"
             and outcome.signal is None
@@ -144,6 +157,7 @@ class _Plan(NamedTuple):
     out: Path
     tokenizer: Tokenizer
     corpora: Corpora
+    mesh: Mesh
     frozen: PyTree
     frozen_hash: str | None
 
@@ -160,7 +174,8 @@ def _run_phase(
     phase = settings.phases[index]
     config = config_for(phase, plan.tokenizer)
     parts = assemble(settings, config)
-    model, plugs = Transformer(config), parts.plugs
+    layout = lay_out(plan.mesh, execution.strategies, settings, phase, parts)
+    model, plugs = Transformer(config, constrain=constrain_of(layout)), parts.plugs
     step = make_train_step(
         model,
         parts.terms,
@@ -172,8 +187,11 @@ def _run_phase(
         max_nonfinite=settings.max_nonfinite,
         log_norms=execution.log_norms,
     )
+    shardings, whole_copy = of_state(layout, state), everywhere(layout)
+    compiled_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole_copy))
     measure = jax.jit(
-        make_evaluation_step(model, [cross_entropy()], plugs.transforms, settings.loss_chunk)
+        make_evaluation_step(model, [cross_entropy()], plugs.transforms, settings.loss_chunk),
+        out_shardings=whole_copy,
     )
     data = batch_dataset(
         [(corpus.split("train"), weight) for corpus, weight in plan.corpora],
@@ -195,18 +213,27 @@ def _run_phase(
                 document_boundaries=settings.document_boundaries,
             )
 
+    def batch_of(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return place(layout, batch)
+
     def evaluation(state: State) -> dict[str, float]:
-        return evaluate(measure, state, plan.frozen, held_out_batches(), held_out_bytes)
+        return evaluate(
+            measure, state, plan.frozen, map(batch_of, held_out_batches()), held_out_bytes
+        )
 
     def save(step: int, state: State, loss: float | None, seconds: dict[str, float]) -> None:
         info = {"phase": index, "seconds": seconds, "frozen": plan.frozen_hash}
         checkpoints.save(step, state, info, loss=loss)
 
+    if plan.mesh.size > 1 and execution.progress:
+        first_batch = batch_of(data[int(state.step)])
+        compiled = compiled_step.lower(state, plan.frozen, first_batch).compile()
+        print(report(layout, state, compiled))
     rates = learning_rate_at(settings.optimizer, settings.schedule, settings.steps)
     bar = progress_bar(plan.out.name, int(state.step), last) if execution.progress else None
     with bar or nullcontext(SILENT) as reporter:
         return train(
-            jax.jit(step, donate_argnums=0),
+            compiled_step,
             state,
             plan.frozen,
             lambda start, stop: prefetched(data, start, stop),
@@ -219,6 +246,7 @@ def _run_phase(
             learning_rate=np.asarray(jax.vmap(rates)(jnp.arange(settings.steps))),
             flops_per_token=3 * flops_per_token(config, phase.sequence_length),
             max_nonfinite=settings.max_nonfinite,
+            place=batch_of,
             trace_folder=str(plan.out / "profile"),
             reporter=reporter,
         )
@@ -247,71 +275,6 @@ def _windows_by_step(settings: Settings) -> int | Callable[[int], int]:
     if len(set(windows)) == 1:
         return windows[0]
     return lambda step: windows[phase_at(settings, step)[0]]
-
-
-class _Start(NamedTuple):
-    """Where a run begins or goes on."""
-
-    state: State
-    frozen: PyTree
-    frozen_hash: str | None
-    seconds: dict[str, float]
-
-
-def _start(
-    settings: Settings,
-    tokenizer: Tokenizer,
-    checkpoints: Checkpoints,
-    out: Path,
-    execution: Execution,
-) -> _Start:
-    """Returns the newest intact state, or the first one, and what does not train."""
-    there = checkpoints.steps()
-    phase = settings.phases[phase_at(settings, there[-1] if there else 0)[0]]
-    parts = assemble(settings, config_for(phase, tokenizer))
-    try:
-        found = checkpoints.restore(abstract_state(settings, parts))
-    except FileNotFoundError:
-        return _first(settings, parts, out)
-    for step, reason in found.skipped:
-        print(f"The checkpoint of step {step} is damaged and was passed over: {reason}")
-    if execution.progress:
-        print(f"Going on from step {found.step} of {settings.steps}")
-    state, expected = found.state, found.info.get("frozen")
-    if int(state.extra[NONFINITE]["in_a_row"]) >= settings.max_nonfinite:
-        state = reset_nonfinite(state)
-    return _Start(state, read_frozen(out, parts, expected), expected, found.info.get("seconds", {}))
-
-
-def _first(settings: Settings, parts: Parts, out: Path) -> _Start:
-    """Returns the start of a new run: parameters drawn, or taken from the parent."""
-
-    @jax.jit
-    def begin() -> tuple[PyTree, PyTree]:
-        return parts.plugs.split(initial_params(settings, parts.config))
-
-    if settings.parent is None:
-        params, fixed = begin()
-    else:
-        params, fixed = jax.jit(parts.plugs.split)(_adopt(settings.parent, parts.config))
-    frozen = first_frozen(parts, fixed)
-    state = jax.jit(lambda p, f: first_state(settings, parts, p, f))(params, frozen)
-    return _Start(state, frozen, keep_frozen(out, frozen), {})
-
-
-def _adopt(parent: str, config: TransformerConfig) -> PyTree:
-    """Returns the parameters of another run.
-
-    Raises:
-      ValueError: the parent's model has another config.
-    """
-    run = open_run(*parse_parent(parent))
-    if run.model.config != config:
-        lines = differences(asdict(config), asdict(run.model.config))
-        raise ValueError(f"{parent} has another model: {'; '.join(lines)}")
-    print(f"From {run.folder} at step {run.step}: parameters and tokenizer are kept;")
-    print("optimizer state, schedule, step number and data order start anew")
-    return run.params
 
 
 def _compare(settings: Settings, out: Path) -> None:

@@ -6,12 +6,16 @@ in `compress/`, `parallel/` and `train/`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from experiments.distill_method import Distil
 from model.rules import match
 from train.methods import Plugs, Setup
 from train.plugs import PyTree
+from train.settings import Settings
+from train.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,4 +53,29 @@ def _part(params: PyTree, chosen: PyTree, side: bool) -> PyTree:
     return {name: p for name, p in parts.items() if not (isinstance(p, dict) and not p)}
 
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (Freeze,)}
+METHODS: dict[str, type[Any]] = {method.name: method for method in (Freeze, Distil)}
+
+
+def resolve(settings: Settings, saved: Settings | None) -> Settings:
+    """Returns the settings with all filled in that methods learn from elsewhere, once a run.
+
+    Args:
+      settings: as given.
+      saved: those that the run began with, or None.
+
+    Raises:
+      ValueError: a method that lacks what it needs.
+    """
+    before = {} if saved is None else {method.name: method for method in saved.methods}
+    methods = tuple(
+        method.resolve(before.get(method.name)) if hasattr(method, "resolve") else method
+        for method in settings.methods
+    )
+    return dataclasses.replace(settings, methods=methods)
+
+
+def check_tokenizer(settings: Settings, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if a method cannot work with the tokenizer of the run."""
+    for method in settings.methods:
+        if hasattr(method, "check_tokenizer"):
+            method.check_tokenizer(tokenizer)

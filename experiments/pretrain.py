@@ -63,6 +63,10 @@ class Pretrain:
       log_norms: record norms of gradients, updates and weights by layer.
       tensorboard: write TensorBoard logs as well.
       wandb: log to Weights & Biases as well.
+      mesh: devices by axis (data, pipeline, fsdp, context, tensor), as in data=2,tensor=4; -1 for
+        all that are left. By default one device.
+      strategies: "zero1" divides optimizer state over data, "sequence" time over tensor.
+      vocabulary_multiple: pad the vocabulary to a multiple, so that the mesh divides it.
     """
 
     model: TransformerConfig
@@ -91,6 +95,9 @@ class Pretrain:
     log_norms: bool = False
     tensorboard: bool = False
     wandb: bool = False
+    mesh: str = ""
+    strategies: tuple[str, ...] = ()
+    vocabulary_multiple: int = 1
 
 
 def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Settings, Execution]:
@@ -134,6 +141,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
         label_smoothing=command.label_smoothing,
         z_loss=command.z_loss,
         loss_chunk=command.loss_chunk,
+        vocabulary_multiple=command.vocabulary_multiple,
         methods=methods,
         parent=command.from_run,
     )
@@ -149,6 +157,8 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
         log_norms=command.log_norms,
         tensorboard=command.tensorboard,
         wandb=command.wandb,
+        mesh=command.mesh,
+        strategies=command.strategies,
     )
     return settings, execution
 

@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.assemble import abstract_state, assemble, effective_weights, read_frozen
+from experiments.assemble import (
+    abstract_frozen,
+    abstract_state,
+    assemble,
+    effective_weights,
+    read_frozen,
+)
 from experiments.methods import METHODS
 from model.config import TransformerConfig
 from model.transformer import Transformer
@@ -72,7 +78,8 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
         state = abstract_state(settings, parts)
         found = checkpoints.restore_part("params", state.params, step)
         extra = checkpoints.restore_part("extra", state.extra, found.step).state
-        frozen = read_frozen(folder, parts, found.info.get("frozen"))
+        abstract = abstract_frozen(settings, parts)
+        frozen = read_frozen(folder, abstract, found.info.get("frozen"))
     for passed, reason in found.skipped:
         about = f"The checkpoint of step {passed} is damaged and was passed over: {reason}"
         print(about, file=sys.stderr)  # what a command prints may be piped on

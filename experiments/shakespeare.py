@@ -55,7 +55,7 @@ def crossing(result: Result, loss: float) -> int | None:
 
 
 def summary(results: list[Result]) -> dict[str, Any]:
-    """Returns the figures of all seeds: final losses, steps to the published loss, seconds."""
+    """Returns the figures of all seeds: final losses, and steps to the published loss."""
     losses = [result.loss for result in results]
     return {
         "published": PUBLISHED,
@@ -64,27 +64,24 @@ def summary(results: list[Result]) -> dict[str, Any]:
         "losses": losses,
         "mean_loss": float(np.mean(losses)),
         "steps_to_published": [crossing(result, PUBLISHED) for result in results],
-        "training_seconds": [result.seconds["data"] + result.seconds["step"] for result in results],
     }
 
 
 def table(facts: dict[str, Any]) -> str:
     """Returns a Markdown table, a row a seed.
 
-    >>> facts = {"published": 1.88, "losses": [1.5], "steps_to_published": [400],
-    ...          "training_seconds": [90.0], "steps": 2000}
-    >>> print(table(facts))
-    | seed | loss after 2000 steps | step at 1.88 | training s |
-    |--:|--:|--:|--:|
-    | 0 | 1.500 | 400 | 90 |
+    >>> print(table({"published": 1.88, "losses": [1.5], "steps_to_published": [400], "steps": 9}))
+    | seed | loss after 9 steps | step at 1.88 |
+    |--:|--:|--:|
+    | 0 | 1.500 | 400 |
     """
     lines = [
-        f"| seed | loss after {facts['steps']} steps | step at {facts['published']} | training s |",
-        "|--:|--:|--:|--:|",
+        f"| seed | loss after {facts['steps']} steps | step at {facts['published']} |",
+        "|--:|--:|--:|",
     ]
-    columns = (facts["losses"], facts["steps_to_published"], facts["training_seconds"])
-    for seed, (loss, step, seconds) in enumerate(zip(*columns, strict=True)):
-        lines.append(f"| {seed} | {loss:.3f} | {step or 'never'} | {seconds:.0f} |")
+    columns = (facts["losses"], facts["steps_to_published"])
+    for seed, (loss, step) in enumerate(zip(*columns, strict=True)):
+        lines.append(f"| {seed} | {loss:.3f} | {step or 'never'} |")
     return "\n".join(lines)
 
 

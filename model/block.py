@@ -28,6 +28,15 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
 }
 
 
+Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
+"""`(array, logical axis names) -> array`: how a mesh lays out activations."""
+
+
+def no_constraint(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The `Constrain` of a model that is not laid out on a mesh."""
+    return x
+
+
 class BlockOutput(NamedTuple):
     """What a block gives beside the stream: its new cache and whatever was to be captured."""
 
@@ -40,6 +49,7 @@ class SelfAttention(nn.Module):
 
     config: TransformerConfig
     attention: Attention = dot_product_attention
+    constrain: Constrain = no_constraint
 
     @nn.compact
     def __call__(
@@ -52,8 +62,11 @@ class SelfAttention(nn.Module):
         c = self.config
         B, T, D = x_BTD.shape
         heads = {"q": c.heads, "k": c.kv_heads_, "v": c.kv_heads_}
+        by_head = ("batch", "branch", "heads", "head_width")
         q, k, v = (
-            _linear(c, name, n * c.head_width_)(x_BTD).reshape(B, T, n, c.head_width_)
+            self.constrain(
+                _linear(c, name, n * c.head_width_)(x_BTD).reshape(B, T, n, c.head_width_), by_head
+            )
             for name, n in heads.items()
         )
         if c.qk_norm:
@@ -71,6 +84,7 @@ class SelfAttention(nn.Module):
         if c.dropout and self.has_rng("dropout"):
             dropout = Dropout(c.dropout, self.make_rng("dropout"))
         y = self.attention(q, k.astype(q.dtype), v.astype(q.dtype), visibility, dropout)
+        y = self.constrain(y, by_head)
         y = y.reshape(B, T, c.heads * c.head_width_)
         return _linear(c, "o", D, projection=True)(y), cache, captured
 
@@ -79,6 +93,7 @@ class FeedForward(nn.Module):
     """Two kernels around an activation, or three with a gate: [B, T, D] -> [B, T, D]."""
 
     config: TransformerConfig
+    constrain: Constrain = no_constraint
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -89,6 +104,7 @@ class FeedForward(nn.Module):
             h_BTF = activate(_linear(c, "gate", c.ffn_width_)(x_BTD)) * h_BTF
         else:
             h_BTF = activate(h_BTF)
+        h_BTF = self.constrain(h_BTF, ("batch", "branch", "ffn"))
         return _linear(c, "down", x_BTD.shape[-1], projection=True)(h_BTF)
 
 
@@ -97,6 +113,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
     attention: Attention = dot_product_attention
+    constrain: Constrain = no_constraint
 
     @nn.compact
     def __call__(
@@ -108,11 +125,17 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, BlockOutput]:
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
-        attend = SelfAttention(c, self.attention, name="attention")
-        y, cache, captured = attend(norm(c, "attention_norm")(x_BTD), visibility, turn, cache)
-        x_BTD = x_BTD + drop(y)
-        y = FeedForward(c, name="mlp")(norm(c, "mlp_norm")(x_BTD))
-        return x_BTD + drop(y), BlockOutput(cache, captured)
+        # Time may be divided in the stream that is not inside a branch, where heads are.
+        inside, stream = ("batch", "branch", "width"), ("batch", "time", "width")
+
+        h_BTD = self.constrain(norm(c, "attention_norm")(x_BTD), inside)
+        attend = SelfAttention(c, self.attention, self.constrain, name="attention")
+        y_BTD, cache, captured = attend(h_BTD, visibility, turn, cache)
+        x_BTD = x_BTD + drop(self.constrain(y_BTD, stream))
+
+        h_BTD = self.constrain(norm(c, "mlp_norm")(x_BTD), inside)
+        y_BTD = FeedForward(c, self.constrain, name="mlp")(h_BTD)
+        return x_BTD + drop(self.constrain(y_BTD, stream)), BlockOutput(cache, captured)
 
 
 def norm(config: TransformerConfig, name: str, kind: Any = None) -> Norm:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import Attention, Visibility, dot_product_attention
-from model.block import Block, BlockOutput, norm
+from model.block import Block, BlockOutput, Constrain, no_constraint, norm
 from model.cache import Cache
 from model.config import TransformerConfig
 from model.linear import at_least_float32, linear, take, weight
@@ -41,11 +41,6 @@ class Features(NamedTuple):
     cache: Cache | None = None
 
 
-def no_constraint(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The `constrain` of a model that is not laid out on a mesh."""
-    return x
-
-
 class Transformer(nn.Module):
     """A decoder-only language model.
 
@@ -54,7 +49,8 @@ class Transformer(nn.Module):
       attention: the attention function, `model.attention.dot_product_attention` by default; ring or
         fused attention is passed in here.
       constrain: `(array, logical axis names) -> array`, applied to the stream after the embedding
-        and after each block; a mesh lays out activations through it.
+        and after each block, and to what lies between the products of a block; a mesh lays out
+        activations through it.
 
     >>> from model.presets import gpt2_tiny
     >>> model = Transformer(gpt2_tiny())
@@ -68,7 +64,7 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     attention: Attention = dot_product_attention
-    constrain: Callable[[jax.Array, tuple[str, ...]], jax.Array] = no_constraint
+    constrain: Constrain = no_constraint
 
     def setup(self):
         c = self.config
@@ -138,7 +134,7 @@ class Transformer(nn.Module):
         x_BTD = self.constrain(x_BTD, ("batch", "time", "width"))
 
         # parent=None: the block is a function here, not a submodule with parameters of its own.
-        block = Block(c, self.attention, parent=None)
+        block = Block(c, self.attention, self.constrain, parent=None)
         layers = {
             "params": self.blocks,
             "key": jax.random.split(self.make_rng("dropout"), c.layers) if drops else None,
@@ -169,7 +165,8 @@ class Transformer(nn.Module):
             hidden = jnp.concatenate([hidden, y_BTD[None]])
         if cache is not None:
             cache = {**cache, **saved["cache"], "length": cache["length"] + T}
-        return Features(self.final_norm(y_BTD), hidden, saved["attention"], cache)
+        final_BTD = self.constrain(self.final_norm(y_BTD), ("batch", "branch", "width"))
+        return Features(final_BTD, hidden, saved["attention"], cache)
 
     def head(self, final_ND: jax.Array) -> jax.Array:
         """Returns logits [N, V], at least float32, for normalised features [N, D]."""
@@ -179,7 +176,7 @@ class Transformer(nn.Module):
         logits_NV = logits_NV.astype(at_least_float32(logits_NV.dtype))
         if c.logit_softcap is not None:
             logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
-        return logits_NV
+        return logits_NV[:, : c.vocabulary_size]  # a padded table has rows that stand for no token
 
     def _check(self, T: int, segments_BT, cache: Cache | None, capture: Sequence[str]) -> None:
         c = self.config

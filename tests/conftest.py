@@ -1,9 +1,20 @@
 """Eight virtual CPU devices for every test, and strict promotion for our own code."""
 
+import os
+from pathlib import Path
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Most of a test's time is compilation, and tests compile the same programs again and again: what
+# one has compiled, all others load, in other workers and in processes that tests start as well.
+CACHE = str(Path(__file__).parent.parent / ".pytest_cache" / "xla")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture

@@ -27,6 +27,9 @@ HEAVY = (
     "transformers",
     "matplotlib",
     "pyarrow",
+    "gguf",
+    "onnx",
+    "ray",
 )
 
 

@@ -116,6 +116,7 @@ def train(
     learning_rate: np.ndarray | None = None,
     flops_per_token: float = 0.0,
     max_nonfinite: int = 5,
+    place: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]] = jax.device_put,
     trace_folder: str = "profile",
     reporter: Reporter = SILENT,
 ) -> Outcome:
@@ -136,6 +137,7 @@ def train(
         on the device would wait for the newest step.
       flops_per_token: of a training step, for the utilization.
       max_nonfinite: as in the step.
+      place: puts a batch onto the devices.
       trace_folder: where `profile` goes.
       reporter: shows progress.
     """
@@ -194,7 +196,7 @@ def train(
                 outcome.reason = "signal"
                 break
             with clock("data"):
-                batch = jax.device_put(next(source))
+                batch = place(next(source))
             if done in traced and done in (traced.start, first + 1):
                 drain(0)
                 trace.enter_context(jax.profiler.trace(trace_folder))

@@ -26,11 +26,13 @@ class Setup(NamedTuple):
       config: of the model that trains, vocabulary size included.
       params: the abstract parameters of the whole model, before anything is frozen.
       steps: updates of the whole run, for schedules.
+      micro_batches: parts of a batch, for a gradient function that goes through them by itself.
     """
 
     config: TransformerConfig
     params: PyTree
     steps: int
+    micro_batches: int = 1
 
 
 class FrozenTree(NamedTuple):

@@ -63,6 +63,8 @@ class Settings:
       z_loss: weight of log(Z)^2; 0 leaves the term out.
       loss_chunk: positions whose logits are held at a time; None for all.
       max_nonfinite: bad steps in a row that stop the run.
+      vocabulary_multiple: the vocabulary is padded to a multiple of it in the state, so that a mesh
+        can divide it; padding has no logits, and exports have none of it.
       methods: typed settings of whatever else is plugged in, in order (see `train.methods`).
       parent: the run and step that it was started from, or None.
     """
@@ -79,6 +81,7 @@ class Settings:
     z_loss: float = 0.0
     loss_chunk: int | None = None
     max_nonfinite: int = 5
+    vocabulary_multiple: int = 1
     methods: tuple[Any, ...] = ()
     parent: str | None = None
 
@@ -86,6 +89,7 @@ class Settings:
         if not self.phases:
             raise ValueError("a run needs at least one phase")
         least = {"seed": 0, "micro_batches": 1, "loss_chunk": 1, "max_nonfinite": 1, "z_loss": 0}
+        least |= {"vocabulary_multiple": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and not value >= smallest:

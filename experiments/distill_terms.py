@@ -1,0 +1,182 @@
+"""The losses of `compress.distill` as loss terms of the step, with a teacher that does not train.
+
+The teacher reads each micro-batch once, before the loss is cut into chunks of positions; its head
+is applied a chunk at a time, like the student's, so that its [B, T, V] is never held.
+
+Shapes: B batch, T time, D width, N positions of a chunk, V vocabulary, P pairs of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compress.distill import Divergence
+from compress.distill_features import HIDDEN_LOSSES, attention_kl, over_pairs, relation_kl
+from model.transformer import Transformer, features, head
+from train.plugs import Batch, Context, LossTerm, View
+
+TEACHER = "teacher"
+"""Where the teacher's parameters lie in `frozen`."""
+
+PROJECTION = "distil_projection"
+"""Where the fixed projection of the student's hidden states lies in `frozen`, if there is one."""
+
+Knots = Sequence[float]
+Prepare = Callable[[Batch, Context], Batch]
+
+
+def over_run(knots: Knots, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function of the step that goes through the knots, evenly spaced, in lines.
+
+    The first step has the first knot, the last step the last one.
+
+    >>> weight = over_run((1.0, 0.0), steps=5)
+    >>> [float(weight(jnp.int32(t))) for t in (0, 1, 4)]
+    [1.0, 0.75, 0.0]
+    """
+    values = jnp.array(knots, jnp.float32)
+
+    def at(step: jax.Array) -> jax.Array:
+        share = jnp.asarray(step, jnp.float32) / max(steps - 1, 1)
+        places = jnp.linspace(0, 1, len(knots), dtype=jnp.float32)
+        return jnp.interp(share, places, values)
+
+    return at
+
+
+def reads(teacher: Transformer, capture: Sequence[str] = ()) -> Prepare:
+    """Returns the `prepare` of all terms of one teacher: what it computes for the micro-batch.
+
+    Args:
+      teacher: the model of the parameters in `frozen`.
+      capture: what the terms need besides its last features, as in `model.transformer.features`.
+    """
+
+    def prepare(batch: Batch, context: Context) -> Batch:
+        out = features(
+            teacher,
+            context.frozen[TEACHER],
+            batch["tokens"],
+            batch.get("positions"),
+            batch.get("segments"),
+            capture=capture,
+        )
+        arrays = {"teacher_final": out.final}
+        if out.hidden is not None:
+            arrays["teacher_hidden"] = out.hidden
+        if out.attention is not None:
+            arrays |= {f"teacher_{name}": a for name, a in out.attention.items()}
+        return arrays
+
+    return prepare
+
+
+def logits_term(
+    teacher: Transformer,
+    prepare: Prepare,
+    divergence: Divergence,
+    *,
+    temperature: Callable[[jax.Array], Any] = lambda step: 1.0,
+    weight: Any = 1.0,
+) -> LossTerm:
+    """The divergence of the next-token distributions, averaged over the positions with loss.
+
+    Args:
+      teacher: the model of the parameters in `frozen`.
+      prepare: from `reads`.
+      divergence: from `compress.distill`.
+      temperature: function of the step.
+      weight: a number or a function of the step.
+    """
+
+    def total(view: View, batch: Batch, context: Context) -> jax.Array:
+        assert view.logits is not None
+        logits_NV = head(teacher, context.frozen[TEACHER], batch["teacher_final"])
+        logits_NV = jax.lax.stop_gradient(logits_NV)
+        T = temperature(context.step)
+        return divergence(view.logits, logits_NV, batch["weights"], T)
+
+    return LossTerm("distil_logits", total, weight=weight, prepare=prepare)
+
+
+def hidden_term(
+    prepare: Prepare, loss: str, pairs: Sequence[tuple[int, int]], *, weight: Any = 1.0
+) -> LossTerm:
+    """The mean loss of hidden states over the pairs of layers.
+
+    Args:
+      prepare: from `reads`, with "hidden" captured.
+      loss: key of `compress.distill_features.HIDDEN_LOSSES`.
+      pairs: (student layer, teacher layer), from 1.
+      weight: a number or a function of the step.
+    """
+
+    def total(view: View, batch: Batch, context: Context) -> jax.Array:
+        assert view.features is not None
+        projection = context.frozen.get(PROJECTION, {}).get("kernel")
+
+        def one(student_BTD: jax.Array, teacher_BTE: jax.Array) -> jax.Array:
+            return HIDDEN_LOSSES[loss](student_BTD, teacher_BTE, batch["weights"], projection)
+
+        return over_pairs(one, view.features.hidden, batch["teacher_hidden"], pairs)
+
+    return LossTerm(
+        "distil_hidden",
+        total,
+        weight=weight,
+        over="features",
+        capture=("hidden",),
+        prepare=prepare,
+    )
+
+
+def attention_term(
+    prepare: Prepare, pairs: Sequence[tuple[int, int]], *, weight: Any = 1.0
+) -> LossTerm:
+    """The mean divergence of attention maps over the pairs of layers.
+
+    Args:
+      prepare: from `reads`, with "attention" captured.
+      pairs: (student layer, teacher layer), from 1.
+      weight: a number or a function of the step.
+    """
+    return _maps_term("distil_attention", prepare, pairs, attention_kl, weight)
+
+
+def relation_term(
+    prepare: Prepare, pairs: Sequence[tuple[int, int]], heads: int, *, weight: Any = 1.0
+) -> LossTerm:
+    """The mean divergence of q-q, k-k and v-v relations over the pairs of layers.
+
+    Args:
+      prepare: from `reads`, with "attention" captured.
+      pairs: (student layer, teacher layer), from 1.
+      heads: relation heads.
+      weight: a number or a function of the step.
+    """
+
+    def loss(student, teacher, weights_BT, segments_BT):
+        return relation_kl(student, teacher, weights_BT, segments_BT, heads=heads)
+
+    return _maps_term("distil_relation", prepare, pairs, loss, weight)
+
+
+def _maps_term(name: str, prepare: Prepare, pairs, loss: Callable[..., jax.Array], weight: Any):
+    places = [(student - 1, teacher - 1) for student, teacher in pairs]
+
+    def total(view: View, batch: Batch, context: Context) -> jax.Array:
+        assert view.features is not None
+        teacher = {part: batch[f"teacher_{part}"] for part in ("q", "k", "v")}
+
+        def one(student: dict[str, jax.Array], teacher: dict[str, jax.Array]) -> jax.Array:
+            return loss(student, teacher, batch["weights"], batch.get("segments"))
+
+        return over_pairs(one, view.features.attention, teacher, places)
+
+    return LossTerm(
+        name, total, weight=weight, over="features", capture=("attention",), prepare=prepare
+    )

@@ -1,0 +1,125 @@
+"""Where a run starts: at its newest intact checkpoint, at another run, or at drawn parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from experiments.assemble import (
+    Parts,
+    abstract_frozen,
+    abstract_state,
+    abstract_whole,
+    assemble,
+    first_frozen,
+    first_state,
+    initial_params,
+    keep_frozen,
+    read_frozen,
+)
+from experiments.layout import Layout, lay_out, of_frozen, of_params, of_state, placed
+from experiments.run import config_for, open_run, parse_parent, phase_at
+from model.config import TransformerConfig
+from parallel.vocabulary import pad_vocabulary
+from train.checkpoints import Checkpoints
+from train.loop import reset_nonfinite
+from train.plugs import PyTree, State
+from train.settings import Settings, differences
+from train.step import NONFINITE
+from train.tokenizers import Tokenizer
+
+
+class Start(NamedTuple):
+    """Where a run begins or goes on."""
+
+    state: State
+    frozen: PyTree
+    frozen_hash: str | None
+    seconds: dict[str, float]
+
+
+def start_of(
+    settings: Settings,
+    tokenizer: Tokenizer,
+    checkpoints: Checkpoints,
+    out: Path,
+    more: tuple[str, ...],
+    mesh: Mesh,
+    say: Callable[[str], None],
+) -> Start:
+    """Returns the newest intact state, or the first one, and what does not train.
+
+    Args:
+      settings: of the run.
+      tokenizer: its own.
+      checkpoints: open for writing.
+      out: folder of the run.
+      more: strategies besides those of the mesh's axes.
+      mesh: where everything goes.
+      say: shows a line to a person.
+    """
+    there = checkpoints.steps()
+    phase = settings.phases[phase_at(settings, there[-1] if there else 0)[0]]
+    parts = assemble(settings, config_for(phase, tokenizer))
+    layout = lay_out(mesh, more, settings, phase, parts)
+    shapes = abstract_state(settings, parts)
+    shardings = of_state(layout, shapes)
+    try:
+        found = checkpoints.restore(placed(shapes, shardings))
+    except FileNotFoundError:
+        return _begin(settings, parts, layout, out)
+    for step, reason in found.skipped:
+        say(f"The checkpoint of step {step} is damaged and was passed over: {reason}")
+    say(f"Going on from step {found.step} of {settings.steps}")
+    state, expected = found.state, found.info.get("frozen")
+    if int(state.extra[NONFINITE]["in_a_row"]) >= settings.max_nonfinite:
+        state = jax.device_put(reset_nonfinite(state), shardings)
+    shapes = abstract_frozen(settings, parts)
+    frozen = read_frozen(out, placed(shapes, of_frozen(layout, shapes)), expected)
+    return Start(state, frozen, expected, found.info.get("seconds", {}))
+
+
+def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start:
+    """Returns the start of a new run: parameters drawn, or taken from the parent."""
+    split = parts.plugs.split
+    whole = abstract_whole(settings, parts.config)
+    if settings.parent is None:
+        given = jax.jit(
+            lambda: initial_params(settings, parts.config), out_shardings=of_params(layout, whole)
+        )()
+    else:
+        adopted = pad_vocabulary(
+            _adopt(settings.parent, parts.config), settings.vocabulary_multiple
+        )
+        given = jax.device_put(adopted, of_params(layout, whole))
+    frozen = abstract_frozen(settings, parts)
+    trained, fixed = jax.eval_shape(split, whole)
+    params, fixed = jax.jit(
+        split, out_shardings=(of_params(layout, trained), of_params(layout, fixed))
+    )(given)
+    frozen = jax.device_put(first_frozen(parts, fixed), of_frozen(layout, frozen))
+    state = jax.jit(
+        lambda p, f: first_state(settings, parts, p, f),
+        out_shardings=of_state(layout, abstract_state(settings, parts)),
+    )(params, frozen)
+    return Start(state, frozen, keep_frozen(out, frozen), {})
+
+
+def _adopt(parent: str, config: TransformerConfig) -> PyTree:
+    """Returns the parameters of another run.
+
+    Raises:
+      ValueError: the parent's model has another config.
+    """
+    run = open_run(*parse_parent(parent))
+    if run.model.config != config:
+        lines = differences(asdict(config), asdict(run.model.config))
+        raise ValueError(f"{parent} has another model: {'; '.join(lines)}")
+    print(f"From {run.folder} at step {run.step}: parameters and tokenizer are kept;")
+    print("optimizer state, schedule, step number and data order start anew")
+    return run.params
