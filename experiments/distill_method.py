@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -143,7 +144,7 @@ class Distil:
         if tokenizer.fingerprint() != self.resolved.tokenizer:
             raise ValueError(
                 f"the teacher {self.teacher} reads with another tokenizer of the same size; give "
-                f"this run the teacher's: --tokenizer {self.teacher.partition('@')[0]}/tokenizer"
+                f"this run the teacher's: --tokenizer {_folder(self.teacher)}/tokenizer"
             )
 
     def build(self, setup: Setup) -> Plugs:
@@ -202,7 +203,7 @@ class Distil:
         return trees
 
     def _load(self) -> PyTree:
-        run = _open(f"{self.teacher.partition('@')[0]}@{self.resolved.step}")
+        run = _open(f"{_folder(self.teacher)}@{self.resolved.step}")
         wanted = abstract_params(self.resolved.model)
         found = jax.eval_shape(lambda: run.params)
         if run.model.config != self.resolved.model or found != wanted:
@@ -251,8 +252,16 @@ def _scaled(term: LossTerm, factor: Any) -> LossTerm:
     return dataclasses.replace(term, weight=weight)
 
 
+# Opening a run needs the table of methods, and this is one of them: hence the late imports.
+
+
+def _folder(spec: str) -> Path:
+    from experiments.run import parse_parent
+
+    return parse_parent(spec)[0]
+
+
 def _open(spec: str) -> Any:
-    # Opening a run needs the table of methods, and this is one of them.
     from experiments.run import open_run, parse_parent
 
     return open_run(*parse_parent(spec))

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from compress.distill import Divergence
-from compress.distill_features import HIDDEN_LOSSES, attention_kl, over_pairs, relation_kl
+from compress.distill_features import HIDDEN_LOSSES, over_pairs
+from compress.distill_maps import attention_kl, relation_kl
 from model.transformer import Transformer, features, head
 from train.plugs import Batch, Context, LossTerm, View
 

@@ -15,7 +15,13 @@ from jax.sharding import PartitionSpec as P
 from experiments.assemble import Parts, abstract_whole
 from model.block import Constrain, no_constraint
 from parallel.mesh import axis_sizes, make_mesh, parse_mesh
-from parallel.placement import constrain, param_shardings, place_batch, state_shardings
+from parallel.placement import (
+    constrain,
+    param_shardings,
+    param_specs,
+    place_batch,
+    state_shardings,
+)
 from parallel.placement_checks import check_placement
 from parallel.placement_strategies import Strategy, strategies_for
 from parallel.report import memory_table, shares, temporary_bytes, whole_leaves
@@ -105,8 +111,25 @@ def of_params(layout: Layout, params: PyTree) -> Any:
 
 
 def of_frozen(layout: Layout, frozen: PyTree) -> Any:
-    """Returns the sharding of each leaf of what does not train: each tree by the strategies."""
-    return {name: of_params(layout, tree) for name, tree in frozen.items()}
+    """Returns the sharding of each leaf of what does not train: each tree by the strategies.
+
+    A teacher may have shapes that the mesh does not divide (its vocabulary is not padded); such an
+    axis lies whole on every device.
+    """
+    mesh = layout.mesh
+
+    def fitting(leaf: Any, spec: P) -> NamedSharding:
+        entries = []
+        for length, names in zip(leaf.shape, tuple(spec) + (None,) * leaf.ndim, strict=False):
+            axes = (names,) if isinstance(names, str) else tuple(names or ())
+            parts = math.prod(mesh.shape[name] for name in axes)
+            entries.append(names if length % parts == 0 else None)
+        return NamedSharding(mesh, P(*entries))
+
+    return {
+        name: jax.tree.map(fitting, tree, param_specs(tree, _present(layout, tree)))
+        for name, tree in frozen.items()
+    }
 
 
 def everywhere(layout: Layout) -> NamedSharding:

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from experiments.compress_methods import COMPRESS_METHODS
 from experiments.distill_method import Distil
 from model.rules import match
 from train.methods import Plugs, Setup
@@ -53,7 +54,10 @@ def _part(params: PyTree, chosen: PyTree, side: bool) -> PyTree:
     return {name: p for name, p in parts.items() if not (isinstance(p, dict) and not p)}
 
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (Freeze, Distil)}
+METHODS: dict[str, type[Any]] = {
+    **{method.name: method for method in (Freeze, Distil)},
+    **COMPRESS_METHODS,
+}
 
 
 def resolve(settings: Settings, saved: Settings | None) -> Settings:

@@ -97,24 +97,24 @@ def continued(
     tokens = np.asarray(batch["tokens"])
     T = tokens.shape[1]
     prompt = settings.prompt_length
-    if prompt > T:
+    if prompt >= T:
         raise ValueError(
             f"a prompt of {prompt} tokens leaves nothing of the {T} to write; lower prompt_length"
         )
-    # T + 1 tokens make T targets, and the last is only a target: it fits learned positions.
     written = generate(
         model,
         params,
         tokens[:, :prompt].tolist(),
         key=key,
-        max_new_tokens=T + 1 - prompt,
+        max_new_tokens=T - prompt,
         sampling=settings.sampling,
-        slots=T + 1,
+        slots=T,
     )
     text = np.asarray(written.tokens)
+    # The last token has no target: T is all that learned positions may hold.
     weights = np.zeros(tokens.shape, np.float32)
-    weights[:, prompt - 1 :] = 1
-    return {"tokens": text[:, :-1], "targets": text[:, 1:], "weights": weights}
+    weights[:, prompt - 1 : -1] = 1
+    return {"tokens": text, "targets": np.roll(text, -1, axis=1), "weights": weights}
 
 
 def batch_at(

@@ -115,6 +115,7 @@ def loss_function(
         weights = merge(params, context.frozen.get("params", {}))
         for transform in transforms:
             weights = transform.apply(weights, context)
+        batch = _prepared(terms, batch, context)
         dropout_key = context.rng if model.config.dropout else None
         out = features(
             model,
@@ -148,6 +149,19 @@ def loss_function(
 def counts_of(terms: Sequence[LossTerm], batch: Batch) -> dict[str, jax.Array]:
     """Returns what each term divides by: its count over the batch, at least 1."""
     return {term.name: jnp.maximum(term.count(batch), 1.0) for term in terms}
+
+
+def _prepared(terms: Sequence[LossTerm], batch: Batch, context: Context) -> Batch:
+    """Returns the batch with what the terms have prepared, each function called once."""
+    prepared = dict(batch)
+    for prepare in dict.fromkeys(term.prepare for term in terms if term.prepare is not None):
+        arrays = jax.lax.stop_gradient(prepare(batch, context))
+        if taken := sorted(set(arrays) & set(prepared)):
+            raise ValueError(
+                f"the batch has {taken} already, and a term prepares them; give them other names"
+            )
+        prepared |= arrays
+    return prepared
 
 
 def _by_position(batch: Batch) -> Batch:

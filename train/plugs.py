@@ -93,6 +93,9 @@ class LossTerm:
       weight: a number, or a function of the step.
       over: "logits" or "features".
       capture: what of `Features` it needs ("hidden", "attention").
+      prepare: `(batch, context) -> arrays`, by name, that are put beside the batch's own before it
+        is laid out in chunks, once a micro-batch: what a teacher makes of it, say. No gradient goes
+        through them; terms that share one function share its result.
     """
 
     name: str
@@ -101,6 +104,7 @@ class LossTerm:
     weight: float | Callable[[jax.Array], jax.Array] = 1.0
     over: Literal["logits", "features"] = "logits"
     capture: tuple[str, ...] = ()
+    prepare: Callable[[Batch, Context], Batch] | None = None
 
 
 def _no_extra(params: PyTree, frozen: PyTree) -> PyTree:

@@ -1,0 +1,181 @@
+"""Compression while training, as methods: `--method fake_quantize`, `prune`, `rewire`.
+
+Each turns settings that go through JSON into the functions of `compress/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import optax
+
+from compress.fake import fake_quantization
+from compress.formats import format_of
+from compress.mask_trees import Selection, by_layer, targets_of, together
+from compress.masks import blocks, n_of_m, unstructured
+from compress.quantize import formats_by_path, weight_rules
+from compress.schedules import Rewiring, Schedule, cubic, iterative, one_shot
+from compress.sparse_optimizer import at_random, by_gradient, rewire
+from compress.sparse_step import Pruning, hard, mask_weights, straight_through
+from train.methods import Plugs, Setup
+from train.plugs import WeightTransform
+
+Rules = tuple[tuple[str, float], ...]
+
+SELECTIONS: dict[str, Callable[[], Selection]] = {
+    "layer": lambda: by_layer(unstructured),
+    "global": lambda: together,
+    "2:4": lambda: by_layer(n_of_m(4)),
+    "4:8": lambda: by_layer(n_of_m(8)),
+    "blocks": lambda: by_layer(blocks(4, 4)),
+}
+"""How scores become masks, by the name that a command line uses."""
+
+SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
+    "one_shot": lambda start, every, times: one_shot(start),
+    "cubic": cubic,
+    "iterative": iterative,
+}
+"""When masks are computed, from (first step, steps between, times)."""
+
+APPLIED = {"hard": hard, "straight_through": straight_through}
+GROWTH = {"rigl": by_gradient, "set": at_random}
+
+
+@dataclass(frozen=True)
+class FakeQuantize:
+    """Trains with weights rounded to the grid of a format, so that quantizing later costs nothing.
+
+    Attributes:
+      format: of every kernel, of the token embedding and the head; see `compress.formats`.
+      rules: `(regex, format)` pairs in its place, where formats differ; "none" leaves alone.
+      gradient: "identity" or "clipped", see `compress.fake`.
+      candidates: scales tried for each group.
+    """
+
+    name: ClassVar[str] = "fake_quantize"
+    format: str = "q4_0"
+    rules: tuple[tuple[str, str], ...] = ()
+    gradient: Literal["identity", "clipped"] = "identity"
+    candidates: int = 1
+
+    def __post_init__(self) -> None:
+        for each in (self.format, *(format for _, format in self.rules)):
+            if each != "none":
+                format_of(each)
+
+    def build(self, setup: Setup) -> Plugs:
+        """Rounds the weights inside the loss, straight through.
+
+        Raises:
+          ValueError: a format that does not fit a weight; rules that select nothing.
+        """
+        rules = [(regex, None if f == "none" else f) for regex, f in self.rules]
+        rules = rules or weight_rules(setup.params, self.format)
+        formats_by_path(setup.params, rules)
+        apply = fake_quantization(rules, candidates=self.candidates, gradient=self.gradient)
+        return Plugs(transforms=(WeightTransform(self.name, apply),))
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Masks weights inside the loss, more and more of them.
+
+    Attributes:
+      sparsity: final share of zeros of the blocks' kernels.
+      rules: `(regex, final sparsity)` pairs in its place.
+      pattern: a key of `SELECTIONS`: by layer, globally, or a pattern along the contraction axis.
+      score: "magnitude", "saliency", "movement" or "random".
+      schedule: a key of `SCHEDULES`.
+      start: first step that prunes.
+      every: steps between; by default a tenth of what the first half of the run leaves.
+      times: how often after the first.
+      masked: "hard" stops the gradient of masked weights, "straight_through" lets it through.
+      seed: of random scores.
+    """
+
+    name: ClassVar[str] = "prune"
+    sparsity: float = 0.5
+    rules: Rules = ()
+    pattern: Literal["layer", "global", "2:4", "4:8", "blocks"] = "layer"
+    score: Literal["magnitude", "saliency", "movement", "random"] = "magnitude"
+    schedule: Literal["one_shot", "cubic", "iterative"] = "cubic"
+    start: int = 0
+    every: int | None = None
+    times: int = 10
+    masked: Literal["hard", "straight_through"] = "hard"
+    seed: int = 0
+
+    def build(self, setup: Setup) -> Plugs:
+        """Masks the weights inside the loss.
+
+        Raises:
+          ValueError: a sparsity or pattern that does not fit, a rule that matches nothing, or a
+            schedule that ends after the run.
+        """
+        every = self.every or max(1, (setup.steps // 2 - self.start) // self.times)
+        schedule = SCHEDULES[self.schedule](self.start, every, self.times)
+        _ends_in_time(self.name, schedule.last, setup.steps)
+        rules = self.rules or (("blocks/.*/kernel", self.sparsity),)
+        targets_of(rules, setup.params)
+        settings = Pruning(rules, schedule, self.score, SELECTIONS[self.pattern]())
+        masks = mask_weights(
+            jax.random.key(self.seed), settings, APPLIED[self.masked], name=self.name
+        )
+        return Plugs(transforms=(WeightTransform(*masks),))
+
+
+@dataclass(frozen=True)
+class Rewire:
+    """Sparse from the first update to the last, the places of the weights moving (RigL, SET).
+
+    Attributes:
+      sparsity: share of zeros of the blocks' kernels.
+      rules: `(regex, sparsity)` pairs in its place.
+      growth: "rigl" grows where the gradient is largest, "set" at random.
+      every: steps between moves.
+      until: no move from this step on; by default three quarters of the run.
+      share: of the kept weights that move at the start.
+      seed: of the first places, and of random growth.
+    """
+
+    name: ClassVar[str] = "rewire"
+    sparsity: float = 0.8
+    rules: Rules = ()
+    growth: Literal["rigl", "set"] = "rigl"
+    every: int = 100
+    until: int | None = None
+    share: float = 0.3
+    seed: int = 0
+
+    def build(self, setup: Setup) -> Plugs:
+        """Puts the sparse transformation behind the optimizer.
+
+        Raises:
+          ValueError: as `Prune`.
+        """
+        rules = self.rules or (("blocks/.*/kernel", self.sparsity),)
+        targets_of(rules, setup.params)
+        until = setup.steps * 3 // 4 if self.until is None else self.until
+        _ends_in_time(self.name, until, setup.steps)
+        rewiring = Rewiring(self.every, until, self.share)
+        sparse = rewire(jax.random.key(self.seed), rules, rewiring, GROWTH[self.growth])
+
+        def wrapped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+            return optax.chain(tx, sparse)
+
+        return Plugs(optimizer=wrapped)
+
+
+def _ends_in_time(name: str, last: int, steps: int) -> None:
+    if last >= steps:
+        raise ValueError(
+            f"{name} goes on until step {last}, and the run has {steps}; start it earlier, or let "
+            "it do its work in fewer steps"
+        )
+
+
+COMPRESS_METHODS: dict[str, type[Any]] = {m.name: m for m in (FakeQuantize, Prune, Rewire)}

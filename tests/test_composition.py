@@ -1,0 +1,144 @@
+"""Methods, teachers and meshes together: all train, resume bitwise, and agree across meshes."""
+
+import itertools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.compress_methods import FakeQuantize, Prune, Rewire
+from experiments.distill_method import Distil
+from experiments.execute import Execution, execute
+from experiments.methods import Freeze
+from model.presets import modern_tiny
+from train.loop import LoopSettings
+from train.optimizers import AdamW
+from train.records import read_rows
+from train.schedules import Linear
+from train.settings import Phase, Settings
+
+METHODS = {
+    "dense": (),
+    "fake_int8": (FakeQuantize("int8"),),
+    "prune": (Prune(0.5, every=1, times=3, start=0),),
+    "saliency_2_4": (Prune(0.5, score="saliency", pattern="2:4", every=1, times=3),),
+    "rigl": (Rewire(0.5, every=2, until=4),),
+    "prune_and_fake_int8": (Prune(0.5, every=1, times=3), FakeQuantize("int8")),
+    "frozen_embedding": (Freeze(("token_embedding",)),),
+}
+MESHES = ("", "data=2", "fsdp=2", "tensor=2")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Text, and a teacher trained on it for a few steps."""
+    folder = tmp_path_factory.mktemp("composition")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERANDO_CACHE", str(folder / "cache"))
+        (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+        execute(settings_for(folder, (), steps=3), folder / "teacher", how(""))
+        yield folder
+
+
+def settings_for(home, methods, steps=5):
+    return Settings(
+        phases=(Phase(steps, modern_tiny(), batch_size=4, sequence_length=16),),
+        data=(str(home / "text.txt"),),
+        tokenizer="bytes",
+        optimizer=AdamW(learning_rate=1e-3),
+        schedule=Linear(),
+        vocabulary_multiple=2,
+        methods=methods,
+    )
+
+
+def how(mesh):
+    return Execution(LoopSettings(log_every=1, checkpoint_every=3), progress=False, mesh=mesh)
+
+
+def losses(folder):
+    rows = read_rows(folder / "metrics.jsonl")
+    return np.array([row["loss"] for row in rows if row["kind"] == "train"])
+
+
+def bits(tree):
+    def raw(leaf):
+        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if key else leaf).tobytes()
+
+    return [raw(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def check(home, tmp_path, method, taught, mesh):
+    methods = METHODS[method]
+    if taught:
+        methods += (Distil(teacher=str(home / "teacher")),)
+    settings = settings_for(home, methods)
+    one = home / f"{method}-{taught}"  # the reference, made once
+    if not (one / "result.json").exists():
+        execute(settings, one, how(""))
+    whole = execute(settings, tmp_path / "run", how(mesh))
+    assert whole.reason == "finished"
+    # A weight between two grid points falls to the one or the other by its last bit, and meshes
+    # sum in different orders: losses of rounded weights differ by more than those of smooth ones.
+    rtol = 1e-4 if "int8" in method else 1e-5
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=rtol)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "5")
+    (tmp_path / "run" / "result.json").unlink()
+    halves = execute(settings, tmp_path / "run", how(mesh))
+    assert bits(halves.state) == bits(whole.state)
+    return whole.state
+
+
+PAIRWISE = [
+    ("fake_int8", True, "data=2"),
+    ("prune", False, "fsdp=2"),
+    ("prune_and_fake_int8", True, "tensor=2"),
+    ("rigl", False, "tensor=2"),
+]
+
+
+@pytest.mark.parametrize(("method", "taught", "mesh"), PAIRWISE)
+def test_methods_teachers_and_meshes_compose(home, tmp_path, method, taught, mesh):
+    check(home, tmp_path, method, taught, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "taught", "mesh"),
+    [c for c in itertools.product(METHODS, (False, True), MESHES) if c not in PAIRWISE],
+)
+def test_all_of_them_compose(home, tmp_path, method, taught, mesh):
+    check(home, tmp_path, method, taught, mesh)
+
+
+def test_masks_end_at_the_asked_sparsity(home, tmp_path):
+    state = check(home, tmp_path, "saliency_2_4", False, "")
+    masks = jax.tree.leaves(state.extra["prune"]["masks"])
+    for mask in masks:
+        in_fours = np.asarray(mask).reshape(*mask.shape[:-2], -1, 4, mask.shape[-1])
+        assert (in_fours.sum(axis=-2) == 2).all()
+    state = check(home, tmp_path / "rigl", "rigl", False, "")
+    up = np.asarray(state.params["blocks"]["mlp"]["up"]["kernel"])
+    assert (up == 0).mean(axis=(1, 2)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Prune(1.0, every=1, times=3), "sparsity"),
+        (Prune(0.5, start=4, every=1, times=3), "goes on until step 7, and the run has 5"),
+        (Rewire(0.5, until=9), "goes on until step 9"),
+        (Prune(rules=(("nothing", 0.5),), every=1, times=3), "no parameter matches 'nothing'"),
+        (FakeQuantize(rules=((".*bias_", "int8"),)), "no parameter matches"),
+    ],
+)
+def test_what_does_not_fit_is_refused(home, tmp_path, method, words):
+    with pytest.raises(ValueError, match=words):
+        execute(settings_for(home, (method,)), tmp_path / "run", how(""))
+
+
+def test_an_unknown_format_is_refused_at_once():
+    with pytest.raises(ValueError, match="int5x"):
+        FakeQuantize("int5x")
