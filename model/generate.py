@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.cache import init_cache
+from model.config import TransformerConfig
 from model.transformer import Transformer, features, head
 
 CHUNK = 32  # prompt tokens per pass: products are near full speed on CPU, padding stays small
@@ -151,7 +152,8 @@ def generate(
             f"{max(lengths) + max_new_tokens} cache slots; there are {slots}"
         )
     # The buffer is a whole number of chunks, so that the last chunk of a prompt fits.
-    padded = -(-slots // CHUNK) * CHUNK
+    chunk = _chunk(config)
+    padded = -(-slots // chunk) * chunk
     buffer = np.zeros((len(lengths), padded), np.int32)
     for row, prompt in zip(buffer, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -172,6 +174,11 @@ def generate(
     return Generation(tokens[:, :slots], ends, jnp.asarray(lengths, jnp.int32))
 
 
+def _chunk(config: TransformerConfig) -> int:
+    """Prompt tokens per pass: no more than there are learned positions."""
+    return min(CHUNK, config.max_length) if config.positions == "learned" else CHUNK
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
     model: Transformer,
@@ -185,21 +192,22 @@ def _generate(
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     B = tokens_BS.shape[0]
+    chunk = _chunk(model.config)
     last_B = lengths_B - 1
 
     def read_chunk(carry):
         start, cache, final_BD = carry
-        chunk_BC = jax.lax.dynamic_slice_in_dim(tokens_BS, start, CHUNK, axis=1)
-        places = start + jnp.arange(CHUNK)
+        chunk_BC = jax.lax.dynamic_slice_in_dim(tokens_BS, start, chunk, axis=1)
+        places = start + jnp.arange(chunk)
         # Padding may reach past the learned positions; clipped, since nothing sees it.
         positions = jnp.minimum(places, model.config.max_length - 1)[None] + jnp.zeros(
             (B, 1), jnp.int32
         )
         out = features(model, params, chunk_BC, positions, cache=cache)
-        here_B = (last_B >= start) & (last_B < start + CHUNK)
-        offset_B = jnp.clip(last_B - start, 0, CHUNK - 1)
+        here_B = (last_B >= start) & (last_B < start + chunk)
+        offset_B = jnp.clip(last_B - start, 0, chunk - 1)
         picked_BD = jnp.take_along_axis(out.final, offset_B[:, None, None], axis=1)[:, 0]
-        return start + CHUNK, out.cache, jnp.where(here_B[:, None], picked_BD, final_BD)
+        return start + chunk, out.cache, jnp.where(here_B[:, None], picked_BD, final_BD)
 
     def next_token(final_BD, step):
         logits_BV = head(model, params, final_BD)

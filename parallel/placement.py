@@ -129,7 +129,11 @@ def state_shardings(
             shape_and_sharding = table.get("/".join(parts[start:]))
             if shape_and_sharding is not None:
                 shape, sharding = shape_and_sharding
-                return sharding if shape == tuple(leaf.shape) else whole
+                if shape == tuple(leaf.shape):
+                    return sharding
+                if field == "extra" and shape == tuple(leaf.shape[1:]):  # a history of it
+                    return NamedSharding(mesh, P(None, *sharding.spec))
+                return whole
         return whole
 
     return jax.tree_util.tree_map_with_path(of, state)

@@ -192,10 +192,14 @@ def test_flops_count_the_kernels():
 # Generation
 
 
-def test_greedy_generation_equals_the_argmax_of_full_passes():
-    """Ragged prompts, one of them over several chunks."""
-    model, params = made(dataclasses.replace(CONFIGS["llama"], max_length=64))
-    prompts = [[5], [1, 2, 3], list(range(40))]
+@pytest.mark.parametrize(
+    ("name", "positions", "longest"),
+    [("llama", 64, 40), ("gpt2", 12, 6)],  # over several chunks; fewer positions than a chunk has
+)
+def test_greedy_generation_equals_the_argmax_of_full_passes(name, positions, longest):
+    """Ragged prompts."""
+    model, params = made(dataclasses.replace(CONFIGS[name], max_length=positions))
+    prompts = [[5], [1, 2, 3], list(range(longest))]
     found = generate(
         model,
         params,

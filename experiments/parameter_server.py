@@ -1,0 +1,305 @@
+"""The asynchronous parameter server against the synchronous one, with a slow worker; and deaths.
+
+    python -m experiments.parameter_server
+
+Needs the extra `ray`. Three workers, one of them five times slower: every step is padded to a fixed
+time, longer than it computes, so that it does not matter how few cores there are. Three runs a
+seed: synchronous (each round waits for all, and applies the mean of their gradients), asynchronous
+(each worker at its own pace), and asynchronous with a worker and a server killed half-way. All see
+as many batches of the same text, at the same rate. It prints when each reached the mean final loss
+of the synchronous runs, the final losses, and whether every acknowledged update was applied, and
+writes JSON, Markdown and a picture. With the settings as they are the padded steps alone take a
+little over five minutes a seed, on any machine on which a step computes within `pace`.
+
+The rate is not tuned for either form: the synchronous one makes a third of the updates, of less
+noise, and another rate may suit it better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+from experiments.cli import run_main
+from experiments.machine import machine
+from experiments.parameter_server_task import Task, TaskSettings, make_gradient, make_task
+from experiments.run import read_json, write_json
+from parallel.parameter_server_ray import Done, RemoteShard, Workers, audit, start_shards
+from parallel.parameter_server_shard import work
+
+FORMS = ("synchronous", "asynchronous", "killed")
+Point = tuple[float, int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ParameterServer:
+    """Settings of the experiment.
+
+    Attributes:
+      task: what is learned.
+      pace: seconds of a step of a fast worker.
+      slowness: how many times as long one of the workers takes.
+      workers: how many, the slow one among them.
+      servers: shards.
+      bound: largest staleness, in updates.
+      rounds: of the synchronous form; the others see as many batches.
+      learning_rate: of Adam.
+      evaluate_every: batches between two points of a curve.
+      seeds: how many, from 0.
+      out: folder of runs and results.
+    """
+
+    task: TaskSettings = field(default_factory=TaskSettings)
+    pace: float = 0.2
+    slowness: float = 5.0
+    workers: int = 3
+    servers: int = 2
+    bound: int = 32
+    rounds: int = 200
+    learning_rate: float = 2e-3
+    evaluate_every: int = 12
+    seeds: int = 3
+    out: Path = Path("runs/parameter_server")
+
+    @property
+    def paces(self) -> list[float]:
+        """Seconds of a step, of each worker."""
+        return [self.pace] * (self.workers - 1) + [self.pace * self.slowness]
+
+
+def one_run(command: ParameterServer, form: str, seed: int, task: Task) -> dict[str, Any]:
+    """Runs one form on one seed with servers and workers of its own; Ray must be running."""
+    import ray
+
+    folder = command.out / "servers" / f"{form}_{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    shards = start_shards(
+        folder,
+        task.start,
+        optax.adam(command.learning_rate),
+        servers=command.servers,
+        bound=command.bound,
+    )
+    servers = [RemoteShard(shard) for shard in shards]
+    workers = Workers(shards, functools.partial(make_gradient, command.task, seed), command.paces)
+    total = command.rounds * command.workers
+    points: list[Point] = [(0.0, 0, task.start)]
+    begin, slowest, done = time.monotonic(), 0.0, list[Done]()
+
+    def watch(count: int) -> None:
+        if count >= points[-1][1] + command.evaluate_every or count == total:
+            flat = np.concatenate([server.pull()[1] for server in servers])
+            points.append((time.monotonic() - begin, count, flat))
+
+    if form == "synchronous":
+        for number in range(1, command.rounds + 1):
+
+            def mean(flat: np.ndarray, first: int = (number - 1) * command.workers) -> tuple:
+                nonlocal slowest
+                found = workers.gradients(flat, first)
+                slowest = max(slowest, *(seconds for _, _, seconds in found))
+                grads = np.mean([grads for grads, _, _ in found], axis=0)
+                return grads, float(np.mean([loss for _, loss, _ in found]))
+
+            replies, loss = work(servers, mean, "all", number)
+            done.append(Done(0, "all", number, replies, loss, 0.0))
+            watch(number * command.workers)
+    else:
+        for each in workers.run(total):
+            done.append(each)
+            slowest = max(slowest, each.seconds)
+            if form == "killed" and len(done) == total // 2:
+                ray.kill(workers.actors[0])
+                ray.kill(shards[0], no_restart=False)
+            watch(len(done))
+    seconds = time.monotonic() - begin
+    counts = [server.counts() for server in servers]
+    workers.stop()
+    for shard in shards:
+        ray.kill(shard)
+    curve = [(when, count, task.evaluate(flat)) for when, count, flat in points]
+    return {
+        "form": form,
+        "seed": seed,
+        "seconds": seconds,
+        "slowest_step": slowest,
+        "curve": curve,
+        "loss": curve[-1][2],
+        "audit": audit(done, counts),
+        "replayed": sum(count.replayed for count in counts),
+        "deaths_of_workers": sum(not each.replies for each in done),
+    }
+
+
+def seconds_to(curve: Sequence[Sequence[float]], target: float) -> float | None:
+    """Returns the seconds of the first point at or under a loss.
+
+    >>> seconds_to([(0.0, 0, 5.0), (1.5, 10, 3.0)], 4.0)
+    1.5
+    """
+    return next((when for when, _, loss in curve if loss <= target), None)
+
+
+def summary(command: ParameterServer, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the figures by form; the target is the mean final loss of the synchronous runs."""
+    of = {form: [run for run in runs if run["form"] == form] for form in FORMS}
+    target = float(np.mean([run["loss"] for run in of["synchronous"]]))
+    rows = {
+        form: {
+            "seconds_to_target": [seconds_to(run["curve"], target) for run in found],
+            "seconds": [run["seconds"] for run in found],
+            "loss": [run["loss"] for run in found],
+            "replayed": sum(run["replayed"] for run in found),
+            **{key: sum(run["audit"][key] for run in found) for key in found[0]["audit"]},
+        }
+        for form, found in of.items()
+    }
+    return {
+        "target": target,
+        "batches": command.rounds * command.workers,
+        "slowest_step": max(run["slowest_step"] for run in runs),
+        "pace": command.pace,
+        "forms": rows,
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """Returns a Markdown table, a row a form; means, with the range of the seeds.
+
+    >>> row = {"seconds_to_target": [9.0, 11.0], "seconds": [20.0, 20.0], "loss": [2.5, 2.5],
+    ...        "acknowledged": 5, "applied": 5, "lost": 0, "unheard": 0, "stale": 0, "replayed": 0}
+    >>> print(table({"target": 2.5, "batches": 6, "forms": {"killed": row}}))
+    | form | s to 2.500 | s for 6 batches | final loss | acknowledged | applied | lost \
+| unheard | refused | replayed |
+    |---|--:|--:|--:|--:|--:|--:|--:|--:|--:|
+    | killed | 10.0 (9.0 to 11.0) | 20.0 (20.0 to 20.0) | 2.500 (2.500 to 2.500) | 5 | 5 | 0 \
+| 0 | 0 | 0 |
+    """
+    head = (
+        "form",
+        f"s to {facts['target']:.3f}",
+        f"s for {facts['batches']} batches",
+        "final loss",
+        *("acknowledged", "applied", "lost", "unheard", "refused", "replayed"),
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    for form, row in facts["forms"].items():
+        counts = ("acknowledged", "applied", "lost", "unheard", "stale", "replayed")
+        cells = [
+            form,
+            spread(row["seconds_to_target"], 1),
+            spread(row["seconds"], 1),
+            spread(row["loss"], 3),
+            *(str(row[key]) for key in counts),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """Returns mean and range; says of how many, where some are missing.
+
+    >>> spread([1.0, 3.0, None], 1), spread([None], 1)
+    ('2.0 (1.0 to 3.0), 2 of 3', 'never')
+    """
+    found = [value for value in values if value is not None]
+    if not found:
+        return "never"
+    text = f"{np.mean(found):.{digits}f} ({min(found):.{digits}f} to {max(found):.{digits}f})"
+    return text if len(found) == len(values) else f"{text}, {len(found)} of {len(values)}"
+
+
+def picture(runs: Sequence[dict[str, Any]], target: float, path: Path) -> None:
+    """Draws validation loss against seconds into a PNG, a line a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for number, form in enumerate(FORMS):
+        for run in (run for run in runs if run["form"] == form):
+            label = form if run["seed"] == 0 else None
+            when, _, loss = zip(*run["curve"], strict=True)
+            axis.plot(when, loss, color=f"C{number}", label=label, linewidth=1.2)
+    axis.axhline(target, color="grey", linestyle=":", label="target")
+    axis.set(xlabel="seconds", ylabel="validation loss (nats a byte)")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def run(command: ParameterServer) -> dict[str, Any]:
+    """Makes the runs that are missing, writes the results, and returns the figures.
+
+    Raises:
+      ImportError: without Ray.
+      ValueError: fewer than two workers, or no seed.
+    """
+    if command.workers < 2 or command.seeds < 1:
+        raise ValueError(
+            f"{command.workers} workers and {command.seeds} seeds; needed are at least 2 and 1"
+        )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    command = dataclasses.replace(command, out=command.out.resolve())  # workers have other folders
+    command.out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(command).items()
+        if key not in ("seeds", "out")
+    }
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    runs, started = [], False
+    try:
+        for seed in range(command.seeds):
+            task = None
+            for form in FORMS:
+                path = command.out / f"{name}_{form}_{seed}.json"
+                if not path.exists():
+                    if not started:
+                        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+                        started = True
+                    task = task or make_task(command.task, seed)
+                    write_json(path, one_run(command, form, seed, task))
+                runs.append(read_json(path))
+    finally:
+        if started:
+            ray.shutdown()
+    facts = {"machine": machine(), "settings": settings, **summary(command, runs)}
+    write_json(command.out / "parameter_server.json", facts)
+    (command.out / "parameter_server.md").write_text(table(facts) + "\n")
+    picture(runs, facts["target"], command.out / "parameter_server.png")
+    return facts
+
+
+def main() -> None:
+    """Parses the command line, runs, prints the table."""
+    import tyro
+
+    command = tyro.cli(ParameterServer, description=__doc__)
+    facts = run(command)
+    print(f"\n{table(facts)}\n")
+    if facts["slowest_step"] > command.pace:
+        print(
+            f"a step computed for {facts['slowest_step']:.2f} s, longer than the pace of "
+            f"{command.pace:g} s: the times are of this machine, not of the form; give more --pace"
+        )
+    written = (str(command.out / f"parameter_server.{kind}") for kind in ("md", "json", "png"))
+    print(f"written: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
