@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from model.flops import abstract_params
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
@@ -21,7 +22,7 @@ from parallel.placement import (
 from parallel.placement_strategies import strategies_for
 from train.losses import counts_of, cross_entropy, loss_function
 from train.optimizers import OPTIMIZERS, build
-from train.plugs import Context, whole
+from train.plugs import Context, State, whole
 from train.schedules import Constant
 from train.step import init_state, make_train_step
 
@@ -178,3 +179,22 @@ def test_the_comparison_notices_a_difference():
     assert_equal(tree, tree, "float64")
     with pytest.raises(AssertionError, match="b"):
         assert_equal(other, tree, "float64")
+
+
+def test_a_history_of_a_parameter_lies_where_the_parameter_does():
+    """What a method keeps of several steps has one more axis in front."""
+    mesh = make_mesh(data=4, fsdp=2)
+    kernel = jax.ShapeDtypeStruct((2, 8, 16), jnp.float32)
+    params = {"blocks": {"mlp": {"up": {"kernel": kernel}}}}
+    history = jax.tree.map(lambda k: jax.ShapeDtypeStruct((3, *k.shape), k.dtype), params)
+    state = State(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        params,
+        (),
+        jax.eval_shape(jax.random.key, 0),
+        {"delayed": history},
+    )
+    shardings = state_shardings(mesh, state, strategies_for(mesh, params))
+    up = shardings.extra["delayed"]["blocks"]["mlp"]["up"]["kernel"]
+    assert up.spec == P(None, None, "fsdp")
+    assert up.shard_shape((3, 2, 8, 16)) == (3, 2, 4, 16)
