@@ -9,11 +9,6 @@ folder; `experiments.generate`, `experiments.evaluate` and `experiments.pretrain
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +17,7 @@ import jax
 import optax
 
 from experiments.cli import run_main
+from experiments.folders import check_free, made_at_once
 from experiments.run import open_run, write_json
 from model import huggingface
 from model.config import TransformerConfig
@@ -77,7 +73,7 @@ def to_huggingface(
         model.
       FileNotFoundError: the run, or its checkpoint, is not there.
     """
-    _check_free(out)
+    check_free(out)
     run = open_run(run_folder, step)
     try:
         files = export_files(Path(run_folder) / "tokenizer")
@@ -85,7 +81,7 @@ def to_huggingface(
     except ValueError as error:
         files, about = {}, f"tokenizer    left out: {error}"
     end = run.tokenizer.end_of_document  # starts a document as well: there is nothing before it
-    with _made_at_once(out) as folder:
+    with made_at_once(out) as folder:
         extra = {"eos_token_id": end, "bos_token_id": end}
         huggingface.save(folder, run.model.config, run.params, dtype=dtype, extra=extra)
         for name, content in files.items():
@@ -118,13 +114,13 @@ def from_huggingface(
       ValueError: `out` exists, the folder holds no model that we compute, no tokenizer is there, or
         it is that of another model.
     """
-    _check_free(out)
+    check_free(out)
     pieces = _tokenizer(folder, tokenizer)
     config, params = huggingface.load(folder, dtype=dtype)
     kept, params = _without_padding(config, params, pieces, folder)
     phase = Phase(1, kept, batch_size=1, sequence_length=min(WINDOW, kept.max_length))
     settings = Settings(phases=(phase,), data=(), tokenizer=tokenizer or str(folder))
-    with _made_at_once(out) as run:
+    with made_at_once(out) as run:
         run.mkdir(parents=True)
         pieces.save(run / "tokenizer")
         state = init_state(jax.random.key(settings.seed), params, optax.identity())
@@ -145,24 +141,6 @@ def from_huggingface(
     if padding := config.vocabulary_size - kept.vocabulary_size:
         lines.insert(2, f"             without {padding} rows that no piece of the tokenizer uses")
     return lines
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists already and nothing is overwritten; name a new folder")
-
-
-@contextmanager
-def _made_at_once(out: Path) -> Iterator[Path]:
-    """A name beside `out` for a folder to make; the folder is called `out` once it is complete."""
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        _check_free(out)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _tokenizer(folder: Path, spec: str | None) -> Tokenizer:

@@ -6,6 +6,7 @@ tokenizer/        self-contained
 frozen/           what does not train, if anything
 metrics.jsonl     the record, a row a line
 checkpoints/      state by step
+weights.json      which parameters are quantized and how, if any (`experiments.compressed`)
 result.json       how it ended
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.stored import abstract_from
 from experiments.assemble import (
     abstract_frozen,
     abstract_state,
@@ -36,6 +38,7 @@ from train.tokenizers import Tokenizer, load_tokenizer
 
 START = ("settings.json", "data.json", "tokenizer", "frozen")  # what a first start writes
 STARTING = ".starting"  # there until all of it is written
+WEIGHTS = "weights.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
         phase = settings.phases[phase_at(settings, at)[0]]
         parts = assemble(settings, config_for(phase, tokenizer))
         state = abstract_state(settings, parts)
-        found = checkpoints.restore_part("params", state.params, step)
+        stored = read_json(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
+        abstract_params = abstract_from(state.params, stored) if stored else state.params
+        found = checkpoints.restore_part("params", abstract_params, step)
         extra = checkpoints.restore_part("extra", state.extra, found.step).state
         abstract = abstract_frozen(settings, parts)
         frozen = read_frozen(folder, abstract, found.info.get("frozen"))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from compress.stored import is_packed
 from experiments.assemble import (
     Parts,
     abstract_frozen,
@@ -120,6 +121,10 @@ def _adopt(parent: str, config: TransformerConfig) -> PyTree:
     if run.model.config != config:
         lines = differences(asdict(config), asdict(run.model.config))
         raise ValueError(f"{parent} has another model: {'; '.join(lines)}")
+    if any(is_packed(w) for w in jax.tree.leaves(run.params, is_leaf=is_packed)):
+        raise ValueError(
+            f"{parent} is quantized and does not train; start from the run that it was made of"
+        )
     print(f"From {run.folder} at step {run.step}: parameters and tokenizer are kept;")
     print("optimizer state, schedule, step number and data order start anew")
     return run.params

@@ -29,6 +29,7 @@ HEAVY = (
     "pyarrow",
     "gguf",
     "onnx",
+    "onnxruntime",
     "ray",
 )
 

@@ -1,0 +1,90 @@
+"""How llama.cpp calls our parameters, and which models it computes: tables for `compress.gguf`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.config import TransformerConfig
+
+_NORMS = {"attn_norm": "attention_norm", "ffn_norm": "mlp_norm"}
+_TABLES: list[tuple[str, tuple[str, ...]]] = [
+    ("token_embd.weight", ("token_embedding/embedding",)),
+    ("position_embd.weight", ("position_embedding/embedding",)),
+    ("output_norm.weight", ("final_norm/scale",)),
+    ("output_norm.bias", ("final_norm/bias",)),
+    ("output.weight", ("head/kernel",)),
+]
+
+
+def _linears(names: dict[str, tuple[str, ...]]) -> list[tuple[str, tuple[str, ...]]]:
+    rows = [
+        (f"blk.{{}}.{theirs}.{kind}", (f"blocks/{ours}/{leaf}",))
+        for theirs, ours in _NORMS.items()
+        for kind, leaf in (("weight", "scale"), ("bias", "bias"))
+    ]
+    return rows + [
+        (f"blk.{{}}.{theirs}.{kind}", tuple(f"blocks/{path}/{leaf}" for path in ours))
+        for theirs, ours in names.items()
+        for kind, leaf in (("weight", "kernel"), ("bias", "bias"))
+    ]
+
+
+TENSORS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
+    "gpt2": _TABLES
+    + _linears(
+        {
+            "attn_qkv": ("attention/q", "attention/k", "attention/v"),
+            "attn_output": ("attention/o",),
+            "ffn_up": ("mlp/up",),
+            "ffn_down": ("mlp/down",),
+        }
+    ),
+    "llama": _TABLES
+    + _linears(
+        {
+            "attn_q": ("attention/q",),
+            "attn_k": ("attention/k",),
+            "attn_v": ("attention/v",),
+            "attn_output": ("attention/o",),
+            "ffn_gate": ("mlp/gate",),
+            "ffn_up": ("mlp/up",),
+            "ffn_down": ("mlp/down",),
+        }
+    ),
+}
+"""Architecture -> (their name, our parameters joined along out)."""
+
+_FIXED: dict[str, dict[str, Any]] = {
+    "gpt2": {"positions": "learned", "norm": "layernorm", "activation": "gelu", "biases": True},
+    "llama": {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "biases": False},
+}
+_ABSENT: dict[str, Any] = {"qk_norm": False, "logit_softcap": None, "window": None}
+
+
+def architecture_of(config: TransformerConfig) -> str:
+    """Returns "gpt2" or "llama".
+
+    Raises:
+      ValueError: neither computes this model; the fields in the way are named.
+
+    >>> from model.presets import gpt2_tiny, llama_tiny
+    >>> architecture_of(gpt2_tiny()), architecture_of(llama_tiny())
+    ('gpt2', 'llama')
+    """
+    name = "gpt2" if config.positions == "learned" else "llama"
+    wanted = {**_FIXED[name], **_ABSENT}
+    wrong = [
+        f"{field} is {getattr(config, field)!r} and must be {value!r}"
+        for field, value in wanted.items()
+        if getattr(config, field) != value
+    ]
+    if name == "gpt2" and config.heads * config.head_width_ != config.width:
+        wrong.append(f"{config.heads} heads of {config.head_width_} must fill {config.width}")
+    if name == "gpt2" and config.kv_heads_ != config.heads:
+        wrong.append(f"kv_heads is {config.kv_heads_} and must be {config.heads}")
+    if wrong:
+        raise ValueError(
+            f"GGUF holds this model neither as gpt2 nor as llama; as {name}: {'; '.join(wrong)}. "
+            "The native and the StableHLO format hold any model"
+        )
+    return name

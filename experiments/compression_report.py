@@ -1,0 +1,232 @@
+"""What compression cost and what it brought: one table, before and after.
+
+    python -m experiments.compression_report --run runs/small --dense runs/first --data text.txt
+
+Written as report.json and report.md into the run that was compressed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from compress.quantize import dequantize_params
+from compress.stored import is_packed, is_product
+from experiments.audit import audit
+from experiments.cli import run_main
+from experiments.compilation import use_compilation_cache
+from experiments.compression_timings import Timing, timings
+from experiments.machine import machine
+from experiments.run import Run, open_run, phase_at, write_json
+from model.flops import flops_per_token
+from model.transformer import Transformer
+from train.corpus import Split, build_corpus
+from train.data import evaluation_batches
+from train.sources import open_source, parse_mixture
+
+PyTree = Any
+Side = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What to report on.
+
+    Attributes:
+      run: the compressed run.
+      dense: the run that it was made of.
+      data: source whose validation split is used; by default the first of the dense run.
+      batch_size: rows at a time; changes no figure.
+      repeats: of each timing; 0 leaves timings out.
+    """
+
+    run: Path
+    dense: Path
+    data: str | None = None
+    batch_size: int = 8
+    repeats: int = 5
+
+
+def sizes(run: Run) -> Side:
+    """Returns parameters, non-zeros, bytes on disk and on the device, FLOPs per token of a run."""
+    phase = run.settings.phases[phase_at(run.settings, run.step)[0]]
+    length = min(phase.sequence_length, run.model.config.max_length)
+    plain = jax.tree.map(lambda w: w.weight if is_product(w) else w, run.params, is_leaf=is_packed)
+    real = jax.tree.leaves(dequantize_params(plain))
+    stored = run.folder / "checkpoints" / str(run.step)
+    files = [file for file in (stored / "part.params").rglob("*") if file.is_file()]
+    return {
+        "parameters": sum(leaf.size for leaf in real),
+        "non-zeros": sum(int(jnp.count_nonzero(leaf)) for leaf in real),
+        "bytes on disk": sum(file.stat().st_size for file in files),
+        "bytes on the device": sum(
+            leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(run.params)
+        ),
+        "FLOPs per token": round(flops_per_token(run.model.config, length)),
+    }
+
+
+def quality(
+    dense: tuple[Transformer, PyTree],
+    small: tuple[Transformer, PyTree],
+    batches: Iterable[dict[str, Any]],
+    text_bytes: int,
+) -> tuple[Side, Side]:
+    """Returns loss, perplexity and bits per byte of both, and how the second differs.
+
+    KL is `sum_v p log(p / q)` with p of the dense model, the mean over tokens, in nats.
+
+    Args:
+      dense: model and parameters.
+      small: model and parameters.
+      batches: of `train.data.evaluation_batches`.
+      text_bytes: UTF-8 bytes of the text.
+    """
+    models, params = (dense[0], small[0]), (dense[1], small[1])
+
+    @jax.jit
+    def compare(params: Any, batch: dict[str, Any]) -> jax.Array:
+        inputs = (batch["tokens"], batch.get("positions"), batch.get("segments"))
+        weights_BT = batch["weights"].astype(jnp.float32)
+        p_BTV, q_BTV = (
+            jax.nn.log_softmax(cast(jax.Array, model.apply({"params": each}, *inputs)))
+            for model, each in zip(models, params, strict=True)
+        )
+        targets = batch["targets"][..., None]
+        columns = [-jnp.take_along_axis(logs, targets, axis=-1)[..., 0] for logs in (p_BTV, q_BTV)]
+        columns.append((jnp.exp(p_BTV) * (p_BTV - q_BTV)).sum(axis=-1))
+        columns.append((p_BTV.argmax(axis=-1) == q_BTV.argmax(axis=-1)).astype(jnp.float32))
+        columns.append(jnp.ones_like(weights_BT))
+        return jnp.stack([(column * weights_BT).sum() for column in columns])
+
+    sums = [0.0] * 5
+    for batch in batches:
+        found = jax.device_get(compare(params, batch)).tolist()
+        sums = [a + b for a, b in zip(sums, found, strict=True)]
+    count = sums[4]
+    before, after = (
+        {
+            "loss": nats / count,
+            "perplexity": math.exp(min(nats / count, 700.0)),
+            "bits per byte": nats / math.log(2) / text_bytes,
+        }
+        for nats in sums[:2]
+    )
+    before |= {"KL to the dense model": 0.0, "top-1 agreement": 1.0}
+    return before, after | {
+        "KL to the dense model": sums[2] / count,
+        "top-1 agreement": sums[3] / count,
+    }
+
+
+def report(
+    dense: Run, small: Run, split: Split, *, batch_size: int = 8, repeats: int = 5
+) -> dict[str, Any]:
+    """Measures two runs: {"before", "after", "timings", "machine"}.
+
+    Args:
+      dense: the run that was compressed.
+      small: what it was compressed to.
+      split: the text to measure on.
+      batch_size: rows at a time.
+      repeats: of each timing; 0 leaves timings out.
+
+    Raises:
+      ValueError: the runs have different vocabularies.
+    """
+    ours, theirs = (run.model.config.vocabulary_size for run in (small, dense))
+    if ours != theirs:
+        raise ValueError(
+            f"{small.folder} has a vocabulary of {ours} and {dense.folder} one of {theirs}: "
+            "neither was made of the other"
+        )
+    phase = small.settings.phases[phase_at(small.settings, small.step)[0]]
+    batches = evaluation_batches(
+        split,
+        sequence_length=phase.sequence_length,
+        batch_size=batch_size,
+        document_boundaries=small.settings.document_boundaries,
+    )
+    pairs = [(run.model, run.params) for run in (dense, small)]
+    qualities = quality(pairs[0], pairs[1], batches, split.bytes)
+    before, after = (
+        {**sizes(run), **measured, **_arithmetic(run)}
+        for run, measured in zip((dense, small), qualities, strict=True)
+    )
+    raced = timings(pairs[0], pairs[1], repeats=repeats) if repeats else []
+    return {
+        "before": before,
+        "after": after,
+        "timings": [timing._asdict() for timing in raced],
+        "machine": machine(),
+    }
+
+
+def _arithmetic(run: Run) -> Side:
+    found = audit(run.model, run.params)
+    return {
+        "integer dots": found.integer_dots,
+        "float dots": found.float_dots,
+        "float copies of quantized weights": found.float_copies,
+        "bytes of those copies": found.float_copy_bytes,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Returns the report as Markdown.
+
+    >>> print(table({"before": {"loss": 2.0}, "after": {"loss": 3.0}, "timings": []}))
+    |  | before | after | after / before |
+    |---|---:|---:|---:|
+    | loss | 2.0000 | 3.0000 | 1.500 |
+    """
+    before, after = found["before"], found["after"]
+    lines = ["|  | before | after | after / before |", "|---|---:|---:|---:|"]
+    for name, old in before.items():
+        ratio = f"{after[name] / old:.3f}" if old else ""
+        lines.append(f"| {name} | {_number(old)} | {_number(after[name])} | {ratio} |")
+    if found["timings"]:
+        lines += ["", "|  | model | tokens/s | spread | ratio to dense float32 |"]
+        lines.append("|---|---|---:|---:|---:|")
+    for row in found["timings"]:
+        t = Timing(**row)
+        cells = (f"{t.tokens_per_second:,.0f}", f"{t.spread:.0%}", f"{t.ratio:.2f}")
+        lines.append(f"| {' | '.join((t.work, t.model, *cells))} |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+
+
+def write(folder: Path, found: dict[str, Any]) -> str:
+    """Writes report.json and report.md into a run; returns the latter."""
+    text = table(found)
+    write_json(folder / "report.json", found)
+    (folder / "report.md").write_text(text + "\n")
+    return text
+
+
+def main() -> None:
+    """Parses the command line, measures, prints."""
+    import tyro
+
+    command = tyro.cli(Report, description=__doc__)
+    use_compilation_cache()
+    dense, small = open_run(command.dense), open_run(command.run)
+    if command.data is None and not dense.settings.data:
+        raise ValueError(f"{command.dense} was not trained here and has no data; give --data")
+    source = command.data or parse_mixture(dense.settings.data)[0][0]
+    split = build_corpus(open_source(source), dense.tokenizer).split("validation")
+    settings = {"batch_size": command.batch_size, "repeats": command.repeats}
+    print(write(command.run, report(dense, small, split, **settings)))
+
+
+if __name__ == "__main__":
+    run_main(main)

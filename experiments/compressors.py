@@ -1,0 +1,335 @@
+"""What a trained model can be compressed with, after training: a table of settings.
+
+Each is `(model, params, batches) -> (config, params)`, batches being calibration tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from compress.awq import awq_params
+from compress.gptq import gptq_params
+from compress.mask_trees import (
+    block_kernels,
+    by_layer,
+    check_selection,
+    leaves_at,
+    masked,
+    nested,
+    targets_of,
+)
+from compress.masks import Pattern, check_sparsity, magnitude, n_of_m, unstructured
+from compress.quantize import quantize_params, weight_rules
+from compress.smoothquant import smooth_params
+from compress.sparsegpt import sparsegpt_params
+from compress.structured_gates import part_shape
+from compress.structured_importance import (
+    by_activation,
+    by_loss,
+    by_magnitude,
+    by_taylor,
+    keep_best,
+)
+from compress.w8a8 import Activation, activation_ranges, integer_products
+from compress.wanda import by_output, wanda
+from model.config import TransformerConfig
+from model.transformer import Transformer
+
+PyTree = Any
+Batches = Sequence[Any]
+Compressed = tuple[TransformerConfig, PyTree]
+Name24 = Literal["unstructured", "2:4"]
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """Settings that compress a model."""
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Returns config and parameters of the compressed model."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """Every weight to the nearest number of a grid; needs no calibration.
+
+    Attributes:
+      format: of kernels, token embedding and head; see `compress.formats`.
+      positions: format of the position table, None to leave it alone.
+      candidates: scales tried for each group.
+    """
+
+    format: str = "q8_0"
+    positions: str | None = None
+    candidates: int = 1
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Quantizes all matrices."""
+        rules = weight_rules(params, self.format, positions=self.positions)
+        return model.config, quantize_params(params, rules, candidates=self.candidates)
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Rounding whose errors the rows still to come make up for, see `compress.gptq`.
+
+    Attributes:
+      format: of kernels, token embedding and head.
+      positions: format of the position table, None to leave it alone.
+      damping: added to the diagonal, as a share of its mean.
+      head: how the head is quantized.
+      candidates: scales tried for each group.
+    """
+
+    format: str = "q4_0"
+    positions: str | None = None
+    damping: float = 0.01
+    head: Literal["nearest", "gptq"] = "nearest"
+    candidates: int = 1
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Quantizes all matrices."""
+        rules = weight_rules(params, self.format, positions=self.positions)
+        settings: Any = {"damping": self.damping, "head": self.head, "candidates": self.candidates}
+        return model.config, gptq_params(model, params, batches, rules, **settings)
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Rows that meet large activations are scaled up before rounding, see `compress.awq`.
+
+    Attributes:
+      format: of kernels, token embedding and head.
+      positions: format of the position table, None to leave it alone.
+      steps: exponents to try.
+      candidates: scales tried for each group.
+    """
+
+    format: str = "q4_0"
+    positions: str | None = None
+    steps: int = 20
+    candidates: int = 1
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Scales and quantizes all matrices."""
+        rules = weight_rules(params, self.format, positions=self.positions)
+        settings = {"steps": self.steps, "candidates": self.candidates}
+        return model.config, awq_params(model, params, batches, rules, **settings)
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """int8 weights and int8 activations, whose outliers went into the weights before.
+
+    Attributes:
+      alpha: how much of the difficulty the weights take, 0 to 1.
+      products: "integer" multiplies integers, "float" what the weights stand for.
+      range: of activations, found as they come or on the calibration data.
+      share: one scale for each token (dynamic only), or for all.
+      offset: of activations.
+    """
+
+    alpha: float = 0.5
+    products: Literal["integer", "float"] = "integer"
+    range: Literal["dynamic", "static"] = "dynamic"
+    share: Literal["token", "tensor"] = "token"
+    offset: Literal["none", "zero_point"] = "none"
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Smooths, quantizes, and turns products into integer products."""
+        activation = Activation(self.range, self.share, self.offset)
+        smooth = smooth_params(model, params, batches, alpha=self.alpha)
+        new = quantize_params(smooth, weight_rules(smooth, "int8"))
+        if self.products == "float":
+            return model.config, new
+        ranges = activation_ranges(model, new, batches) if self.range == "static" else None
+        rules = [("kernel", True)]
+        if model.config.tied_head:  # the table is multiplied with, too
+            rules.append(("token_embedding/embedding", True))
+        return model.config, integer_products(new, activation, rules=rules, ranges=ranges)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Zeros where the kernels of the blocks are smallest, in each layer by itself.
+
+    Attributes:
+      sparsity: share of zeros.
+      pattern: where they may lie together.
+    """
+
+    sparsity: float = 0.5
+    pattern: Name24 = "unstructured"
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Puts zeros into the kernels."""
+        select = by_layer(_pattern(self.pattern, self.sparsity, unstructured))
+        targets = targets_of(block_kernels(self.sparsity), params)
+        check_selection(select, params, targets)
+        scores = {path: magnitude(w) for path, w in leaves_at(params, targets).items()}
+        masks = jax.jit(select)(scores, targets)
+        return model.config, masked(params, nested(masks))
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Zeros where weight times activation is smallest, see `compress.wanda`.
+
+    Attributes:
+      sparsity: share of zeros.
+      pattern: by output, or where zeros may lie together.
+    """
+
+    sparsity: float = 0.5
+    pattern: Name24 = "unstructured"
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Puts zeros into the kernels of the blocks."""
+        pattern = _pattern(self.pattern, self.sparsity, by_output)
+        return model.config, wanda(model, params, batches, self.sparsity, pattern)
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Zeros chosen and made up for column by column, see `compress.sparsegpt`.
+
+    Attributes:
+      sparsity: share of zeros.
+      pattern: anywhere, or two of every four along the contraction axis.
+      format: quantizes what is kept, together with the pruning; None leaves it float.
+      block: rows of a kernel that are ranked together.
+    """
+
+    sparsity: float = 0.5
+    pattern: Name24 = "unstructured"
+    format: str | None = None
+    block: int = 128
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Puts zeros into the kernels of the blocks."""
+        _pattern(self.pattern, self.sparsity, by_output)  # refuses what does not fit
+        kernels = "blocks/.*/kernel"
+        formats = () if self.format is None else ((kernels, self.format),)
+        group = 4 if self.pattern == "2:4" else None
+        rules = ((kernels, self.sparsity),)
+        return model.config, sparsegpt_params(
+            model, params, batches, rules, group=group, formats=formats, block=self.block
+        )
+
+
+@dataclass(frozen=True)
+class Structured:
+    """A smaller model: how many of each part to keep, None for all.
+
+    Attributes:
+      layers: blocks.
+      width: features of the stream.
+      groups: key/value heads, with their query heads.
+      neurons: of a feed-forward layer.
+      importance: what decides who stays.
+    """
+
+    layers: int | None = None
+    width: int | None = None
+    groups: int | None = None
+    neurons: int | None = None
+    importance: Literal["magnitude", "activation", "taylor", "loss"] = "activation"
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Removes layers, then features, heads and neurons, each judged in what is left by then."""
+        keep = {part: n for part in PARTS if (n := getattr(self, part)) is not None}
+        if not keep:
+            raise ValueError(f"nothing is to be removed; say how many {', '.join(PARTS)} to keep")
+        for part, count in keep.items():
+            there = part_shape(model.config, part)[-1]
+            if not 1 <= count <= there:
+                raise ValueError(
+                    f"{count} {part} cannot be kept: there are {there}, keep 1 or more"
+                )
+        config = model.config
+        for part, count in keep.items():
+            now = model.clone(config=config)
+            scores = IMPORTANCE[self.importance](now, params, batches, part)
+            config, params = keep_best(config, params, part, scores, count)
+        return config, params
+
+
+PARTS = ("layers", "width", "groups", "neurons")
+
+COMPRESSORS: dict[str, Callable[[], Any]] = {
+    "rtn": RoundToNearest,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "smoothquant": SmoothQuant,
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+    "structured": Structured,
+}
+"""The methods, by the name that a command line uses."""
+
+
+def loss_on(model: Transformer, batches: Batches) -> Callable[[PyTree], jax.Array]:
+    """Returns `params -> mean cross-entropy` of the next tokens of some batches, traceable.
+
+    >>> from model.presets import gpt2_tiny
+    >>> model, tokens = Transformer(gpt2_tiny()), jnp.arange(16).reshape(2, 8)
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    >>> bool(loss_on(model, [tokens])(params) > 3)
+    True
+    """
+    tokens = [jnp.asarray(batch) for batch in batches]
+    count = sum(ids[:, 1:].size for ids in tokens)
+
+    @jax.jit
+    def loss(params: PyTree) -> jax.Array:
+        total = jnp.float32(0)
+        for ids in tokens:
+            logits: Any = model.apply({"params": params}, ids[:, :-1])
+            total += optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum()
+        return total / count
+
+    return loss
+
+
+def _by_loss(rank: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def scores(model: Transformer, params: PyTree, batches: Batches, part: str) -> jax.Array:
+        return rank(loss_on(model, batches), model.config, params, part)
+
+    return scores
+
+
+IMPORTANCE: dict[str, Callable[..., jax.Array]] = {
+    "magnitude": lambda model, params, batches, part: by_magnitude(model.config, params, part),
+    "activation": by_activation,
+    "taylor": _by_loss(by_taylor),
+    "loss": _by_loss(by_loss),
+}
+"""`(model, params, batches, part) -> importance`, by name."""
+
+
+def _pattern(name: Name24, sparsity: float, default: Pattern) -> Pattern:
+    check_sparsity(sparsity, "the kernels")
+    if name == "unstructured":
+        return default
+    if sparsity != 0.5:
+        raise ValueError(f"2:4 is a sparsity of 0.5, not {sparsity}; leave the sparsity out")
+    return n_of_m(4)
+
+
+def settings_to_json(method: Any) -> dict[str, Any]:
+    """Returns the name and the fields of a method.
+
+    >>> settings_to_json(Wanda())
+    {'method': 'wanda', 'sparsity': 0.5, 'pattern': 'unstructured'}
+    """
+    (name,) = (name for name, kind in COMPRESSORS.items() if kind is type(method))
+    return {"method": name, **dataclasses.asdict(method)}
