@@ -22,3 +22,15 @@ def strict():
     """Implicit dtype and rank promotion raise: use it around our own code (Optax relies on it)."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items):
+    """`variants(n)`: `make test` runs the first n of a test's cases, `make test-all` every one."""
+    seen = {}
+    for item in items:
+        if marker := item.get_closest_marker("variants"):
+            test = (item.path, item.originalname)
+            seen[test] = seen.get(test, 0) + 1
+            if seen[test] > marker.args[0]:
+                item.add_marker(pytest.mark.slow)

@@ -126,6 +126,7 @@ def test_stages_see_what_earlier_stages_changed():
     assert not seen[1]["attention/o/kernel"]["absmax"].any()
 
 
+@pytest.mark.slow
 def test_quantized_models_are_observed_too():
     model = MODELS["llama"]
     q = quantize_params(params_of("llama"), [("kernel", "q8_0")])

@@ -82,6 +82,7 @@ def test_gptq_is_gptq_on_the_train_split(tmp_path, home, dense):
     assert result["calibration"]["windows"] == 4
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("method", [RoundToNearest("q4_1", "q8_0"), AWQ(steps=2)], ids=str)
 def test_quantizers(tmp_path, home, dense, method):
     run = do(home, tmp_path / "out", method)
@@ -97,6 +98,7 @@ def near(run, dense, tolerance):
     assert float(jnp.linalg.norm(ours - theirs)) < tolerance * float(jnp.linalg.norm(theirs))
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("product", ["integer", "float"])
 def test_smoothquant(tmp_path, home, dense, product):
     method = SmoothQuant(range="static", share="tensor", offset="zero_point", products=product)
@@ -107,6 +109,7 @@ def test_smoothquant(tmp_path, home, dense, product):
     near(run, dense, 0.1)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("kind", [Magnitude, Wanda])
 def test_pruners(tmp_path, home, dense, kind):
     assert share_of_zeros(do(home, tmp_path / "a", kind(0.25))) == [0.25] * 6

@@ -62,6 +62,7 @@ def call(module, monkeypatch, *arguments):
     return module.main()
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "sentencepiece"])
 @pytest.mark.parametrize("config", [gpt2_tiny(), llama_tiny()], ids=["gpt2", "llama"])
 def test_there_and_back_is_bitwise(tmp_path, tokenizers, config, kind):

@@ -44,6 +44,7 @@ def steps_of(plug, steps=7, rows=6, seed=0):
     return grads, trail, batches, key
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("age", [0, 1, 3])
 def test_a_constant_age_is_the_gradient_of_that_step(strict, age):
     grads, trail, batches, key = steps_of(delayed(constant(age)))

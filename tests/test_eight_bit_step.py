@@ -57,6 +57,7 @@ def data(leaf):
     return np.asarray(jax.random.key_data(leaf) if key else leaf)
 
 
+@pytest.mark.slow
 def test_it_learns_and_resumes_bitwise(tmp_path):
     whole, losses = run(start(), range(12))
     assert losses[-1] < losses[0] - 0.1

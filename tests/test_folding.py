@@ -70,6 +70,7 @@ def test_folding_changes_no_function(preset):
         np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_smoothing_keeps_the_function_and_helps_integer_products():
     model, params = setting("gpt2")
     smooth = smooth_params(model, params, [TOKENS])
@@ -110,6 +111,7 @@ def test_best_scales_never_lose_to_rounding():
         assert float(errors.min()) < float(errors[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_awq_is_nearer_than_rounding(preset):
     model, params = setting(preset)

@@ -76,6 +76,7 @@ def test_against_elimination_row_by_row(strict, name, order):
     np.testing.assert_array_equal(q.scales, quantize(w, name).scales)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("name", ["int3", "q4_0", "e4m3"])
 def test_beats_rounding_on_correlated_inputs(name):
     format = format_of(name)
@@ -88,6 +89,7 @@ def test_beats_rounding_on_correlated_inputs(name):
             assert loss(w, gptq(w, hessian, format, order=order), hessian) < most * nearest
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("name", ["int8_zero_point", "q4_1", "e5m2"])
 def test_is_rounding_where_inputs_are_independent(name):
     w = weight()
@@ -152,6 +154,7 @@ def divergence(model, params, other, tokens):
     return float((jnp.exp(one) * (one - two)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "head"),
     [("gpt2", "nearest"), pytest.param("llama", "gptq", marks=pytest.mark.slow)],

@@ -56,6 +56,7 @@ def test_forward_by_integers_of_numpy():
     np.testing.assert_allclose(rows(dot(X, W)), integers * sx * sw, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     ("products", "count"), [(Products(), 2), (EVERY, 3), (Products("float", "int8"), 1)]
 )
@@ -149,6 +150,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 17)), jnp.int3
 RULES = [("blocks/.*/kernel", Products(rounding="stochastic"))]
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("preset", [gpt2_tiny, llama_tiny])
 def test_twenty_steps_lower_the_loss(preset):
     model = Transformer(preset(scan_layers=True))

@@ -139,6 +139,7 @@ def toy_step(state, frozen, batch):
     return state.replace(params=params), {"seen": batch.sum()}
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(("workers", "devices"), [(4, 4), (4, 2), (4, 1), (2, 2)])
 def test_rounds_follow_the_formula(strict, workers, devices):
     """Against Algorithm 1 of DiLoCo in numpy, momentum as in its Nesterov form."""
@@ -183,6 +184,7 @@ def test_workers_draw_for_themselves_and_worker_0_as_the_run():
     assert draws[0] == jax.random.normal(key)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("new", [1, 2, 8])
 def test_redistribution_keeps_the_mean_that_the_outer_step_sees(strict, new):
     outer = local_sgd.nesterov()

@@ -47,6 +47,7 @@ def full(params):
     return jax.tree.map(lambda w: w.full() if is_weight(w) else w, params, is_leaf=is_weight)
 
 
+@pytest.mark.slow
 def test_models_run_scanned_and_unrolled():
     low = factorize_params(PARAMS, [(KERNELS, 8), ("token_embedding", 16)])
     assert isinstance(low["token_embedding"]["embedding"], LowRank)

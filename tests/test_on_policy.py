@@ -72,6 +72,7 @@ def start():
 FROZEN = {"teacher": params_of(TEACHER, 1)}
 
 
+@pytest.mark.slow
 def test_the_student_comes_closer_to_its_teacher_in_its_own_text():
     state = start()
     losses = []
@@ -85,6 +86,7 @@ def test_the_student_comes_closer_to_its_teacher_in_its_own_text():
     assert STEP._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_it_resumes_bitwise():
     state = start()
     mixed = OnPolicy(share=0.5, prompt_length=3)

@@ -107,6 +107,7 @@ def float_loss():
     return float(loss(train(optax.adamw(3e-3), 50)[0]))
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("key", [None, jax.random.key(7)], ids=["nearest", "stochastic"])
 def test_adamw_learns_as_with_float_state(key):
     first = float(loss(start()))
@@ -117,6 +118,7 @@ def test_adamw_learns_as_with_float_state(key):
     assert state.inner[0].nu["blocks"]["mlp"]["up"]["kernel"].dtype == jnp.uint8
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("key", [None, jax.random.key(7)], ids=["nearest", "stochastic"])
 def test_it_resumes_bitwise(key):
     tx = eight_bit(optax.adamw(3e-3), smallest=256, key=key)
@@ -167,6 +169,7 @@ def test_bytes_and_small_leaves():
     assert jax.tree.map(jnp.shape, inner) == jax.tree.map(jnp.shape, state.inner)
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize(
     "tx",
     [

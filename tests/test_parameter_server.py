@@ -69,6 +69,7 @@ OPTIMIZERS = {
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("momentum", "lion")]
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("name", ["adamw", "masked", *MORE])
 def test_it_is_data_parallelism(name):
     """Three steps, clipped by the norm over all slices."""
@@ -145,6 +146,7 @@ def test_a_device_holds_its_part():
     assert sum(leaf.size for leaf in jax.tree.leaves(held.params)) < 92 + 3 * 8  # n + padding
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_collectives_are_those_of_the_formula(clip):
     params, tx, mesh = layers(), optax.adam(0.1), mesh_of(data=4)
@@ -162,6 +164,7 @@ def test_collectives_are_those_of_the_formula(clip):
     assert scalars == 4 * (1 + (clip is not None))  # the loss, the square of the norm
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("new", [1, 3, 8])
 def test_redistribution_goes_on_as_before(new):
     """A step on another number of workers is the step that the old ones would have made."""
@@ -198,11 +201,13 @@ WHOLE = {
 }
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("name", SAFE)
 def test_elementwise_optimizers_pass(name):
     check_elementwise(SAFE[name], layers())
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("name", WHOLE)
 def test_optimizers_of_whole_leaves_are_refused(name):
     with pytest.raises(ValueError, match="does not treat each number by itself"):

@@ -52,6 +52,7 @@ def relative_distance(a, b):
     return float(optax.tree.norm(difference) / optax.tree.norm(b))
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize(
     ("devices", "micro_batches", "rounds"),
     [(4, 4, 1), (4, 2, 1), (2, 8, 1), (4, 4, 2), (2, 4, 4), (1, 2, 2), (8, 8, 1)],

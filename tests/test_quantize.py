@@ -53,6 +53,7 @@ def close(got, expected):
     np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     ("preset", "name", "scan"),
     [

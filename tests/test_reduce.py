@@ -96,6 +96,7 @@ def debt(carry, like):
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("name", REDUCES)
 def test_error_feedback_keeps_the_running_sum(name):
     """Applied so far + owed = the true sum so far, to rounding; and what is owed stays bounded."""
@@ -117,6 +118,7 @@ def test_error_feedback_keeps_the_running_sum(name):
     assert owed[-1] < 1.5 * max(owed[10:20]) + 1e-10
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("name", REDUCES)
 def test_all_workers_hold_the_same_bits_and_the_key_decides(name):
     workers = 4
@@ -219,6 +221,7 @@ def bytes_moved(text, workers):
     return total
 
 
+@pytest.mark.variants(4)
 @pytest.mark.parametrize("workers", [2, 4, 8])
 @pytest.mark.parametrize("name", ["plain", "int8", "top_k", "power_sgd"])
 def test_bytes_are_those_of_the_compiled_program(name, workers):
@@ -241,6 +244,7 @@ def test_int8_sends_at_most_27_percent(workers):
     assert sent[0] <= 0.27 * sent[1]
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("name", REDUCES)
 def test_redistribute_keeps_what_is_owed(name):
     """And the new workers can go on with it."""

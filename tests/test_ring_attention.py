@@ -80,6 +80,7 @@ def compare(case, dtype):
     return [relative_distance(np.asarray(g)[:, back], w) for g, w in zip(got, want, strict=True)]
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     "case",
     [
@@ -188,6 +189,7 @@ def sent(jaxpr):
     return total
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(("devices", "packed"), [(2, False), (4, True), (8, False)])
 def test_bytes_are_those_of_the_formula(devices, packed):
     q, k, v, d = inputs(jnp.bfloat16)

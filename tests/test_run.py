@@ -184,6 +184,7 @@ def test_settings_survive_json(tmp_path, text):
     assert differences(to_json(settings_for(text)), to_json(settings_for(text))) == []
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(tmp_path, text, number):
     """The command is stopped while it runs, started again, and ends like an undisturbed one."""

@@ -104,6 +104,7 @@ INNER = {
 }
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("sparse", ["prune", "rigl"])
 def test_masked_weights_are_zero_and_the_others_free(inner, sparse):
@@ -131,6 +132,7 @@ def test_masked_weights_are_zero_and_the_others_free(inner, sparse):
 SELECTIONS = {"by layer": by_layer(), "together": together, "2:4": by_layer(n_of_m(4))}
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_gradual_pruning_reaches_its_end(name):
     select = SELECTIONS[name]

@@ -95,6 +95,7 @@ def trainer(settings, apply_mask=hard):
     return step, init_state(jax.random.key(1), PARAMS, optimizer, transforms)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("score", ["magnitude", "random"])
 def test_gradual_pruning_in_the_step(score):
     """Zeros by the formula after every step; nothing is lost by a trip through a checkpoint."""
@@ -125,6 +126,7 @@ def test_gradual_pruning_in_the_step(score):
     )
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("score", ["saliency", "movement"])
 def test_scores_accumulate_from_the_gradients_given(strict, score, decay):

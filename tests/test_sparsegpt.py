@@ -78,6 +78,7 @@ CASES = [
 ]
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize(("size", "sparsity", "group", "block", "format"), CASES)
 def test_against_elimination_row_by_row(strict, size, sparsity, group, block, format):
     x, w = inputs(size), weight(size)
@@ -93,6 +94,7 @@ def test_against_elimination_row_by_row(strict, size, sparsity, group, block, fo
         assert (got == 0).sum() == (count or zeros_of(sparsity, size * OUT))
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("group", [None, 4], ids=["free", "2:4"])
 @pytest.mark.parametrize("seed", range(3))
 def test_it_beats_wanda_and_magnitude(group, seed):
@@ -175,6 +177,7 @@ def divergence(params, other):
     return float((jnp.exp(one) * (one - two)).sum(-1).mean())
 
 
+@pytest.mark.slow
 def test_the_model_is_nearer_than_by_other_methods():
     batches = [TOKENS[:8], TOKENS[8:12]]
     # Blocks of 128 would rank all rows of so small a kernel at once, before any has moved.

@@ -80,6 +80,7 @@ def gates_of(config, part, kept):
     return jnp.asarray(gates)
 
 
+@pytest.mark.variants(4)
 @every_preset
 @pytest.mark.parametrize("part", ["neurons", "groups", "layers"])
 def test_what_added_nothing_goes_without_a_trace(strict, name, part):
@@ -128,6 +129,7 @@ def centred_over(params, kept):
     return params
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_features_that_are_zero_go_with_corrected_norms(strict, name):
     config, params = MODELS[name]
@@ -233,6 +235,7 @@ def loss_of(config):
     return loss
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("part", ["groups", "layers"])
 def test_importance_by_loss_and_its_first_order(strict, part):
     config, params = MODELS["llama"]
@@ -273,6 +276,7 @@ def test_importance_by_magnitude_counts_what_goes(name):
     assert (by_magnitude(config, silent, "width") < width).tolist() == [i == 3 for i in range(32)]
 
 
+@pytest.mark.slow
 def test_importance_by_activation(strict):
     config, params = MODELS["gpt2"]
     model = Transformer(config)

@@ -85,6 +85,7 @@ def test_distilgpt2_style_has_the_shape_of_distilgpt2():
         distilgpt2_style(gpt2_tiny(layers=1), params_of(gpt2_tiny(layers=1)))
 
 
+@pytest.mark.slow
 def test_minitron_style_cuts_every_part(strict):
     config = gpt2_tiny(layers=4)
     params = params_of(config)

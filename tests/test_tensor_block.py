@@ -62,6 +62,7 @@ SLOW = {
 }
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize(
     ("name", "form", "devices"),
     [pytest.param(*case, marks=[pytest.mark.slow] if case[:2] in SLOW else []) for case in CASES],
@@ -80,6 +81,7 @@ def test_equals_the_plain_block(name, form, devices):
         assert optax.tree.norm(want[1]) > 1
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("form", FORMS)
 def test_runs_under_strict_promotion(strict, form):
     config = modern_tiny()

@@ -142,6 +142,7 @@ def test_data_parallelism_sums_the_gradient_once():
     assert 0 <= found["all-reduce", ("data",)][1] - sizes["all"] <= SCALARS
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_twice_and_sums_once():
     """Kernels are gathered forwards and backwards in each layer, embedding and head once.
 

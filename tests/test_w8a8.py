@@ -39,6 +39,7 @@ def product(activation, q, x=X):
     return integer_products({"w": q}, activation, ranges=ranges)["w"]
 
 
+@pytest.mark.variants(3)
 @pytest.mark.parametrize("activation", KINDS, ids=str)
 def test_against_integers_by_numpy(activation):
     q = quantize(W, "int8")
@@ -63,6 +64,7 @@ def test_against_integers_by_numpy(activation):
         assert np.isclose(got, expected, rtol=1e-4, atol=1e-4).mean() > 0.95
 
 
+@pytest.mark.variants(2)
 @pytest.mark.parametrize("activation", KINDS, ids=str)
 def test_near_the_plain_product_and_compiled_to_integers(activation):
     w = product(activation, quantize(W, "int8"))
@@ -117,6 +119,7 @@ def setting(preset):
     return Transformer(config), draw(), jax.random.randint(jax.random.key(2), (2, 12), 0, 64)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     ("preset", "activation"),
     [("gpt2", Activation("static", "tensor", "zero_point")), ("llama", Activation())],

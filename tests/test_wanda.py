@@ -35,6 +35,7 @@ def slow(w, x, keep_of):
     return pruned
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize(
     ("pattern", "keep_of"), [(None, (16, 32)), (n_of_m(4), (2, 4))], ids=["outputs", "2:4"]
 )
