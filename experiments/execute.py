@@ -114,7 +114,7 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         write_json(out / "settings.json", to_json(settings))
         (out / STARTING).unlink(missing_ok=True)
         stack.enter_context(jax.set_mesh(mesh))
-        start = start_of(settings, tokenizer, checkpoints, out, execution.strategies, mesh, print)
+        start = start_of(settings, tokenizer, checkpoints, out, execution.strategies, mesh)
         state = start.state
         if int(state.step) >= settings.steps and (out / "result.json").exists():
             result = read_json(out / "result.json")

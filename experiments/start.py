@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +50,6 @@ def start_of(
     out: Path,
     more: tuple[str, ...],
     mesh: Mesh,
-    say: Callable[[str], None],
 ) -> Start:
     """Returns the newest intact state, or the first one, and what does not train.
 
@@ -62,7 +60,6 @@ def start_of(
       out: folder of the run.
       more: strategies besides those of the mesh's axes.
       mesh: where everything goes.
-      say: shows a line to a person.
     """
     there = checkpoints.steps()
     phase = settings.phases[phase_at(settings, there[-1] if there else 0)[0]]
@@ -75,8 +72,8 @@ def start_of(
     except FileNotFoundError:
         return _begin(settings, parts, layout, out)
     for step, reason in found.skipped:
-        say(f"The checkpoint of step {step} is damaged and was passed over: {reason}")
-    say(f"Going on from step {found.step} of {settings.steps}")
+        print(f"The checkpoint of step {step} is damaged and was passed over: {reason}")
+    print(f"Going on from step {found.step} of {settings.steps}")
     state, expected = found.state, found.info.get("frozen")
     if int(state.extra[NONFINITE]["in_a_row"]) >= settings.max_nonfinite:
         state = jax.device_put(reset_nonfinite(state), shardings)
