@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, and strict promotion for our own code."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -22,6 +23,24 @@ def strict():
     """Implicit dtype and rank promotion raise: use it around our own code (Optax relies on it)."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def compilations():
+    """Counts XLA compilations by program name, such as "jit(step)", loads from the cache included.
+
+    A jitted function's own `_cache_size` counts entries of a cache that all functions share, and
+    that forgets: in a long process it was seen at 0 right after a call.
+    """
+    counts = Counter()
+
+    def listen(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts[kwargs["fun_name"]] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

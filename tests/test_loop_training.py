@@ -144,7 +144,6 @@ def watched(tmp_path_factory):
 
 def test_one_compilation_and_none_after_the_first_step(watched):
     assert watched.traces == 1
-    assert watched.step._cache_size() == 1
     assert watched.compiled.count("jit(our_step)") == 1
     assert watched.compiled[watched.at_first :] == ["jit(evaluate)"]  # its own, once
     assert [r["step"] for r in watched.rows if r["kind"] == "evaluation"] == [2, 4, 6, 8]
