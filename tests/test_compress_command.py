@@ -29,6 +29,7 @@ from experiments.compressors import (
 from experiments.convert import to_huggingface
 from experiments.run import open_run
 from model.presets import gpt2_tiny
+from tests.compiled import logits_of
 from tests.huggingface_cases import assert_same
 from tests.test_convert import call, make_run
 from train.corpus import build_corpus
@@ -94,7 +95,7 @@ def test_quantizers(tmp_path, home, dense, method):
 
 def near(run, dense, tolerance):
     tokens = jnp.arange(16)[None] * 5
-    ours, theirs = (r.model.apply({"params": r.params}, tokens) for r in (run, dense))
+    ours, theirs = (logits_of(r.model, r.params, tokens) for r in (run, dense))
     assert float(jnp.linalg.norm(ours - theirs)) < tolerance * float(jnp.linalg.norm(theirs))
 
 

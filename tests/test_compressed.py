@@ -14,6 +14,7 @@ from experiments.compressed import write_run
 from experiments.run import open_run
 from model.presets import gpt2_tiny, modern_tiny
 from model.transformer import Transformer
+from tests.compiled import logits_of
 from tests.huggingface_cases import assert_same, drawn
 from train.settings import Phase, Settings
 from train.tokenizers import load_tokenizer
@@ -42,8 +43,8 @@ def same_run(run, config, params):
     assert run.model.config == config
     assert_same(run.params, params)
     model = Transformer(config)
-    expected = model.apply({"params": params}, TOKENS)
-    np.testing.assert_array_equal(run.model.apply({"params": run.params}, TOKENS), expected)
+    expected = logits_of(model, params, TOKENS)
+    np.testing.assert_array_equal(logits_of(run.model, run.params, TOKENS), expected)
 
 
 @pytest.mark.parametrize("format", ["q4_0", "q4_1", "int16", "e4m3"])

@@ -20,6 +20,7 @@ from experiments.compressors import Magnitude, RoundToNearest
 from experiments.run import open_run
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
+from tests.compiled import logits_of
 from tests.huggingface_cases import drawn
 from tests.test_convert import call, make_run
 from train.corpus import build_corpus
@@ -76,7 +77,7 @@ def test_quality_is_that_of_the_evaluation_and_of_numpy(home, small, split):
     kl, same, count = 0.0, 0, 0
     for batch in batches():
         p, q = (
-            np.asarray(run.model.apply({"params": run.params}, batch["tokens"]), np.float64)
+            np.asarray(logits_of(run.model, run.params, batch["tokens"]), np.float64)
             for run in (dense, small)
         )
         p, q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (p, q))

@@ -15,6 +15,7 @@ from experiments.run import open_run, write_json
 from model import huggingface
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
+from tests.compiled import logits_of
 from tests.huggingface_cases import assert_same, drawn
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, to_json
@@ -131,8 +132,8 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path, tokenizers):
     assert any("without 63 rows" in line for line in lines)
     run = open_run(tmp_path / "run")
     tokens = jnp.arange(20)[None]
-    ours = run.model.apply({"params": run.params}, tokens)
-    whole = Transformer(config).apply({"params": params}, tokens)
+    ours = logits_of(run.model, run.params, tokens)
+    whole = logits_of(Transformer(config), params, tokens)
     np.testing.assert_allclose(ours, whole[..., :257], atol=1e-5)
 
     huggingface.save(
@@ -250,6 +251,6 @@ def test_transformers_opens_the_folder(tmp_path, tokenizers, config, kind):
     tokens = np.array([ids[: config.max_length]])
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
-    ours = run.model.apply({"params": run.params}, jnp.asarray(tokens))
+    ours = logits_of(run.model, run.params, jnp.asarray(tokens))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(ours, expected, atol=1e-4)

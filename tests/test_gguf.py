@@ -14,6 +14,7 @@ from compress.structured import keep_groups, keep_layers, keep_neurons
 from compress.w8a8 import integer_products
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
+from tests.compiled import logits_of
 from tests.huggingface_cases import drawn
 
 gguf = pytest.importorskip("gguf")
@@ -105,6 +106,7 @@ def run_file(path, ids):
     return normed("output_norm", x) @ w.get("output.weight", w["token_embd.weight"]).T
 
 
+@pytest.mark.variants(6)
 @pytest.mark.parametrize("format", [None, "q8_0", "q4_0", "q4_1"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_file_is_the_model(tmp_path, name, format):
@@ -114,7 +116,7 @@ def test_the_file_is_the_model(tmp_path, name, format):
     if format is not None:
         params = quantize_params(params, weight_rules(params, format))
     write_gguf(tmp_path / "a.gguf", config, params)
-    ours = Transformer(config).apply({"params": params}, TOKENS)[0]
+    ours = logits_of(Transformer(config), params, TOKENS)[0]
     theirs = run_file(tmp_path / "a.gguf", TOKENS[0])
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(np.abs(theirs).max()), rtol=1e-4)
     fields, read = fields_of(tmp_path / "a.gguf")
@@ -160,7 +162,7 @@ def test_smaller_models(tmp_path):
     config, params = keep_layers(gpt2_tiny(), drawn(gpt2_tiny()), [1])
     config, params = keep_neurons(config, params, [range(64)])
     write_gguf(tmp_path / "a.gguf", config, params)
-    ours = Transformer(config).apply({"params": params}, TOKENS)[0]
+    ours = logits_of(Transformer(config), params, TOKENS)[0]
     theirs = run_file(tmp_path / "a.gguf", TOKENS[0])
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(np.abs(theirs).max()), rtol=1e-4)
     with pytest.raises(ValueError, match=r"2 heads of 8 must fill 32.*StableHLO"):

@@ -14,6 +14,7 @@ from model.flops import abstract_params, flops_per_token
 from model.generate import Sampling, _generate, generate, sample
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer, features, head
+from tests import compiled
 
 CONFIGS = {
     "gpt2": gpt2_tiny(dropout=0.0),
@@ -21,13 +22,14 @@ CONFIGS = {
     "modern": modern_tiny(zero_init_projections=False),
     "windows": modern_tiny(zero_init_projections=False, window=(3, 6)),
 }
+KEY = jax.random.key(3)
 TOKENS = jax.random.randint(jax.random.key(7), (3, 12), 0, 64)
 
 
 def made(config, seed=0):
     """A model with every parameter redrawn at a visible scale."""
     model = Transformer(config)
-    params = model.init(jax.random.key(seed), TOKENS[:1, :2])["params"]
+    params = compiled.initial(model, jax.random.key(seed), TOKENS[:1, :2])
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     redrawn = [0.3 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
@@ -35,7 +37,7 @@ def made(config, seed=0):
 
 
 def logits_of(model, params, tokens=TOKENS, **arguments):
-    return model.apply({"params": params}, tokens, **arguments)
+    return compiled.logits_of(model, params, tokens, **arguments)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,7 +78,7 @@ def test_scan_and_remat_change_nothing(strict, name, remat):
 def test_both_ways_start_from_the_same_parameters():
     for name, config in CONFIGS.items():
         scanned = dataclasses.replace(config, scan_layers=True)
-        trees = [Transformer(c).init(jax.random.key(3), TOKENS) for c in (config, scanned)]
+        trees = [compiled.initial(Transformer(c), KEY, TOKENS) for c in (config, scanned)]
         same = jax.tree.map(lambda a, b: bool((a == b).all()), *trees)
         assert all(jax.tree.leaves(same)), name
 
@@ -88,7 +90,7 @@ def test_cached_logits_equal_uncached_ones(strict, name):
     expected = logits_of(model, params)
     cache, found = init_cache(model.config, 3, 16), []
     for start, end in ((0, 5), (5, 6), (6, 7), (7, 12)):
-        out = features(model, params, TOKENS[:, start:end], cache=cache)
+        out = compiled.features_of(model, params, TOKENS[:, start:end], cache)
         cache = out.cache
         found.append(head(model, params, out.final.reshape(-1, 32)).reshape(3, end - start, -1))
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=1e-5, rtol=1e-5)
@@ -98,13 +100,13 @@ def test_cached_logits_equal_uncached_ones(strict, name):
 def test_rows_of_the_cache_have_lengths_of_their_own():
     model, params = made(CONFIGS["llama"])
     cache = init_cache(model.config, 3, 16)
-    out = features(model, params, TOKENS[:, :8], cache=cache)
+    out = compiled.features_of(model, params, TOKENS[:, :8], cache)
     lengths = jnp.array([8, 3, 5])
     token = TOKENS[:, 9:10]
-    out = features(model, params, token, cache={**out.cache, "length": lengths})
+    out = compiled.features_of(model, params, token, {**out.cache, "length": lengths})
     for row, length in enumerate(lengths.tolist()):
-        alone = jnp.concatenate([TOKENS[row, :length], token[row]])[None]
-        expected = features(model, params, alone).final[0, -1]
+        alone = TOKENS[row : row + 1].at[0, length].set(token[row, 0])  # what follows is unseen
+        expected = compiled.features_of(model, params, alone).final[0, length]
         np.testing.assert_allclose(out.final[row, 0], expected, atol=1e-5)
 
 
@@ -211,7 +213,8 @@ def test_greedy_generation_equals_the_argmax_of_full_passes(name, positions, lon
     for prompt, new in zip(prompts, found, strict=True):
         tokens = list(prompt)
         for token in new:
-            assert token == int(logits_of(model, params, jnp.array([tokens]))[0, -1].argmax())
+            padded = jnp.array([tokens + [0] * (longest + 6 - len(tokens))])  # one program
+            assert token == int(logits_of(model, params, padded)[0, len(tokens) - 1].argmax())
             tokens.append(token)
         assert len(new) == 6
 

@@ -17,6 +17,7 @@ from model.flops import abstract_params
 from model.generate import Sampling
 from model.presets import gpt2_tiny, modern_tiny
 from model.transformer import Transformer
+from tests.compiled import logits_of
 from train.plugs import State
 from train.step import init_state, make_train_step
 
@@ -52,7 +53,7 @@ def test_greedy_text_is_what_the_model_would_say_next(strict, time):
     assert np.array_equal(batch["tokens"][:, :3], given["tokens"][:, :3])
     assert np.array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
     assert batch["tokens"].shape == given["tokens"].shape
-    said = STUDENT.apply({"params": params}, jnp.asarray(batch["tokens"])).argmax(axis=-1)
+    said = logits_of(STUDENT, params, jnp.asarray(batch["tokens"])).argmax(axis=-1)
     new = batch["weights"] > 0
     assert new.tolist() == [[False, False] + [True] * (time - 3) + [False]] * 4
     assert np.array_equal(np.asarray(said)[new], batch["targets"][new])

@@ -9,6 +9,7 @@ from compress.quantize import quantize_params, weight_rules
 from compress.w8a8 import Activation, integer_products
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
+from tests.compiled import logits_of
 from tests.huggingface_cases import drawn
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -23,7 +24,7 @@ def run(path):
 
 
 def logits(config, params):
-    return np.asarray(Transformer(config).apply({"params": params}, TOKENS))
+    return np.asarray(logits_of(Transformer(config), params, TOKENS))
 
 
 @pytest.mark.parametrize("tied", [True, False])

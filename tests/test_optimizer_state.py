@@ -82,6 +82,7 @@ def start():
     return jax.jit(MODEL.init)(jax.random.key(0), TOKENS)["params"]
 
 
+@jax.jit
 def loss(params):
     picked = jax.nn.log_softmax(MODEL.apply({"params": params}, TOKENS[:, :-1]))
     return -jnp.take_along_axis(picked, TOKENS[:, 1:, None], -1).mean()

@@ -18,6 +18,7 @@ from compress.students import (
 from model.flops import abstract_params
 from model.presets import distilgpt2, gpt2, gpt2_tiny, llama_tiny
 from model.transformer import Transformer
+from tests.compiled import logits_of
 
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
 
@@ -40,8 +41,8 @@ def test_it_computes_what_the_teacher_would_without_the_other_layers(strict):
         kernel = silent["blocks"][part][name]["kernel"]
         silent["blocks"][part][name]["kernel"] = kernel.at[jnp.array([0, 3])].set(0)
     np.testing.assert_allclose(
-        Transformer(small).apply({"params": student}, TOKENS),
-        Transformer(config).apply({"params": silent}, TOKENS),
+        logits_of(Transformer(small), student, TOKENS),
+        logits_of(Transformer(config), silent, TOKENS),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -96,7 +97,7 @@ def test_minitron_style_cuts_every_part(strict):
     small, student = minitron_style(config, params, importance, keep)
     assert (small.ffn_width, small.heads, small.width, small.layers) == (40, 2, 24, 2)
     assert jax.eval_shape(lambda: student) == abstract_params(small)
-    assert jnp.isfinite(Transformer(small).apply({"params": student}, TOKENS)).all()
+    assert jnp.isfinite(logits_of(Transformer(small), student, TOKENS)).all()
     # The layers that stay are the first and the last, with their own most important neurons.
     narrow = minitron_style(config, params, importance, {"neurons": 40})[1]
     shallow = minitron_style(config, params, importance, {"neurons": 40, "layers": 2})[1]

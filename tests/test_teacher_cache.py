@@ -24,6 +24,7 @@ from experiments.distill_cached import (
 )
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
+from tests.compiled import initial
 from train.losses import counts_of, loss_function
 from train.plugs import Context
 
@@ -132,7 +133,7 @@ def batches(count=3, rows=2, time=6, seed=0, segments=False):
 
 
 def params_of(seed):
-    params = MODEL.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = initial(MODEL, jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
     return jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(9), p.shape), params)
 
 
