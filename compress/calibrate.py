@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.quantize import MATRICES, is_qtensor
+from compress.lowrank import is_weight
+from compress.quantize import MATRICES
 from model.attention import Visibility
 from model.block import Block, norm
 from model.linear import linear
@@ -173,7 +174,7 @@ def observe_layer(
 
         return _Observed(leaf, note)
 
-    wrapped = jax.tree_util.tree_map_with_path(wrap, layer, is_leaf=is_qtensor)
+    wrapped = jax.tree_util.tree_map_with_path(wrap, layer, is_leaf=is_weight)
     return run_layer(model, wrapped, x_BTD, window), seen
 
 
@@ -244,7 +245,7 @@ def sequential(
         layer = jax.tree.map(lambda leaf: leaf[number], params[STACK])
         window = c.window[number] if isinstance(c.window, tuple) else c.window
         window = None if window is None else jnp.int32(window)
-        kernels = [p for p in leaf_paths(layer, is_qtensor) if p.rsplit("/", 1)[-1] in MATRICES]
+        kernels = [p for p in leaf_paths(layer, is_weight) if p.rsplit("/", 1)[-1] in MATRICES]
         groups = [kernels] if stages is None else stages
         if unknown := [p for group in groups for p in group if p not in kernels]:
             raise ValueError(f"no kernel {unknown} is in a block; there are {', '.join(kernels)}")

@@ -96,6 +96,9 @@ def write_gguf(
         _add_shape(writer, config)
         if vocabulary is not None:
             _add_vocabulary(writer, vocabulary)
+        else:
+            # llama.cpp refuses a file that has no word on it.
+            writer.add_tokenizer_model("no_vocab")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -266,6 +269,7 @@ def _add_shape(writer: Any, config: TransformerConfig) -> None:
     writer.add_embedding_length(config.width)
     writer.add_feed_forward_length(config.ffn_width_)
     writer.add_head_count(config.heads)
+    writer.add_vocab_size(config.vocabulary_size)
     if config.norm == "layernorm":
         writer.add_layer_norm_eps(config.norm_epsilon)
         return
@@ -275,7 +279,6 @@ def _add_shape(writer: Any, config: TransformerConfig) -> None:
     writer.add_value_length(config.head_width_)
     writer.add_rope_dimension_count(config.head_width_)
     writer.add_rope_freq_base(config.rotary_base)
-    writer.add_vocab_size(config.vocabulary_size)
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:

@@ -165,6 +165,17 @@ class Sum:
         return linear(x, self.base) + x @ self.low
 
 
+def is_weight(node: Any) -> bool:
+    """Whether a pytree node is a whole weight that is no plain array.
+
+    Quantized, low-rank, adapted: the `is_leaf` of `model.rules`.
+
+    >>> is_weight({"kernel": 0}), is_weight(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2))))
+    (False, True)
+    """
+    return hasattr(type(node), "dequantize") and hasattr(type(node), "__rmatmul__")
+
+
 def plain_array(w: Any, dtype: Any) -> jax.Array:
     """Returns what a weight of any kind stands for, as an array.
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from compress.calibrate import ByPath, sequential
-from compress.lowrank import LowRank, Sum, compensate, factorize
-from compress.quantize import contraction_axis, is_qtensor
+from compress.lowrank import LowRank, Sum, compensate, factorize, is_weight
+from compress.quantize import contraction_axis
 from model.rules import STACK, Rules, is_stacked, leaf_paths, match, path_of
 from model.transformer import Transformer
 
@@ -37,15 +37,6 @@ def rank_for(shape: tuple[int, ...], share: float) -> int:
         raise ValueError(f"factors hold a share of the weights in (0, 1], not {share}")
     inputs, outputs = shape[-2:]
     return max(1, int(share * inputs * outputs / (inputs + outputs)))
-
-
-def is_weight(node: Any) -> bool:
-    """Whether a pytree node is a whole weight: the `is_leaf` of `model.rules`.
-
-    >>> is_weight({"kernel": 0})
-    False
-    """
-    return is_qtensor(node) or isinstance(node, LowRank | Sum)
 
 
 def ranks_by_path(params: PyTree, rules: Rules) -> dict[str, int]:

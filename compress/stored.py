@@ -1,4 +1,4 @@
-"""What of a parameter tree is no plain array, as JSON: quantized matrices and integer products."""
+"""What of a parameter tree is no plain array, as JSON: numbers, products and factors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress.lora import is_adapted
+from compress.lowrank import LowRank, Sum
 from compress.quantize import is_qtensor
 from compress.spec import abstract_from_spec, spec_of
 from compress.w8a8 import W8A8, Activation, Range
@@ -27,12 +29,21 @@ def is_packed(node: Any) -> bool:
 
 
 def describe(params: PyTree) -> dict[str, Any]:
-    """Returns {"quantized": see `compress.spec`, "products": path -> fields of the activation}.
+    """Returns what the weights are, by path.
+
+    {"quantized": see `compress.spec`, "products": fields of the activation, "factors": what
+    `LowRank` and `Sum` weights need}.
 
     >>> from compress.rounding import quantize
     >>> describe({"head": {"kernel": quantize(jnp.ones((32, 2)), "int8")}})["products"]
     {}
     """
+    factors = {
+        path_of(key_path): _factors_of(path_of(key_path), leaf)
+        for key_path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_adapted)[0]
+        if is_adapted(leaf)
+    }
+    params = jax.tree.map(_without_factors, params, is_leaf=is_adapted)
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)[0]
     products = {
         path_of(key_path): dataclasses.asdict(leaf.activation)
@@ -40,7 +51,7 @@ def describe(params: PyTree) -> dict[str, Any]:
         if is_product(leaf)
     }
     inside = jax.tree.map(lambda w: w.weight if is_product(w) else w, params, is_leaf=is_packed)
-    return {"quantized": spec_of(inside), "products": products}
+    return {"quantized": spec_of(inside), "products": products, "factors": factors}
 
 
 def abstract_from(abstract_params: PyTree, description: dict[str, Any]) -> PyTree:
@@ -83,4 +94,36 @@ def abstract_from(abstract_params: PyTree, description: dict[str, Any]) -> PyTre
     tree = jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_qtensor)
     if left:
         raise ValueError(f"{', '.join(left)} shall have integer products, but are not there")
+    factors = dict(description.get("factors", {}))  # not in what earlier versions wrote
+
+    def with_factors(key_path, leaf):
+        about = factors.pop(path_of(key_path), None)
+        if about is None:
+            return leaf
+        *layers, rows, columns = leaf.shape
+        rank, dtype = about["rank"], jnp.dtype(about["dtype"])
+        low = LowRank(
+            jax.ShapeDtypeStruct((*layers, rows, rank), dtype),
+            jax.ShapeDtypeStruct((*layers, rank, columns), dtype),
+        )
+        return Sum(leaf, low) if about["base"] else low
+
+    tree = jax.tree_util.tree_map_with_path(with_factors, tree, is_leaf=is_packed)
+    if factors:
+        raise ValueError(f"{', '.join(factors)} shall have factors, but are not there")
     return tree
+
+
+def _factors_of(path: str, w: Any) -> dict[str, Any]:
+    low = w.low if isinstance(w, Sum) else w
+    if not isinstance(low, LowRank) or (isinstance(w, Sum) and is_adapted(w.base)):
+        raise ValueError(
+            f"{path!r} has factors that are no part of a stored model; merge them first "
+            "(`compress.lora.merged`)"
+        )
+    return {"rank": low.rank, "dtype": jnp.dtype(low.dtype).name, "base": isinstance(w, Sum)}
+
+
+def _without_factors(w: Any) -> Any:
+    """The base of a sum; factors alone hide nothing that is quantized."""
+    return w.base if isinstance(w, Sum) else w

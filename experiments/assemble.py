@@ -16,7 +16,8 @@ from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.losses import cross_entropy, z_loss
 from train.methods import Plugs, Setup, combine
 from train.optimizers import build
-from train.plugs import Context, LossTerm, PyTree, State, merge, whole
+from train.plugs import Context, LossTerm, PyTree, State, merge
+from train.plugs import whole as whole_gradient
 from train.settings import Settings
 from train.step import init_state
 from train.tree_store import load_tree, save_tree, tree_hash
@@ -38,13 +39,19 @@ class Parts(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-def assemble(settings: Settings, config: TransformerConfig) -> Parts:
+def assemble(settings: Settings, config: TransformerConfig, workers: int = 1) -> Parts:
     """Builds the parts of the phase that trains a model of `config`.
+
+    Args:
+      settings: of the run.
+      config: of the phase, vocabulary size included.
+      workers: places along the mesh axis `data`, see `train.methods.Setup`.
 
     Raises:
       ValueError: settings that do not fit the model or each other.
     """
-    setup = Setup(config, abstract_whole(settings, config), settings.steps, settings.micro_batches)
+    whole = abstract_whole(settings, config)
+    setup = Setup(config, whole, settings.steps, settings.micro_batches, workers)
     plugs = combine([method.build(setup) for method in settings.methods])
     terms: tuple[LossTerm, ...] = (cross_entropy(settings.label_smoothing),)
     if settings.z_loss:
@@ -72,8 +79,10 @@ def abstract_whole(settings: Settings, config: TransformerConfig) -> PyTree:
 def first_state(settings: Settings, parts: Parts, params: PyTree, frozen: PyTree) -> State:
     """The state before the first step, for the parameters that train; traceable."""
     _, key = jax.random.split(jax.random.key(settings.seed))
-    gradient = parts.plugs.gradient or whole
-    return init_state(key, params, parts.optimizer, parts.plugs.transforms, frozen, gradient)
+    plugs = parts.plugs
+    gradient = plugs.gradient or whole_gradient
+    state = init_state(key, params, parts.optimizer, plugs.transforms, frozen, gradient)
+    return state if plugs.around is None else plugs.around.init(state)
 
 
 def abstract_state(settings: Settings, parts: Parts) -> State:

@@ -8,11 +8,15 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+import jax
+
 from model.generate import Sampling
+from parallel.processes import leave
 
 T = TypeVar("T")
 Choices = Mapping[str, Callable[[], Any]]
@@ -124,7 +128,10 @@ class _Example:
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Calls a script's main and leaves; an error of the user's is one sentence, not a traceback."""
+    """Calls a script's main and leaves; an error of the user's is one sentence, not a traceback.
+
+    With an error, one of several processes does not wait for the others: that ends them, too.
+    """
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError, ImportError) as error:
@@ -132,10 +139,15 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         for note in getattr(error, "__notes__", ()):
             if "JAX" not in note:  # which notes that it has cut the traceback, and there is none
                 print(note, file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {str(interrupt) or 'nothing more was saved'}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        leave(1)
 
 
 def _sentence(error: Exception) -> str:

@@ -9,6 +9,7 @@ Prints the report, before and after (`experiments.compression_report`). What com
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.calibrate import windows
+from compress.lora import merged
 from compress.stored import is_packed
 from experiments.cli import parse, run_main
 from experiments.compilation import use_compilation_cache
@@ -96,6 +98,7 @@ def compress(
       ValueError: the run is compressed already or holds NaN, the text is shorter than a window, or
         what the method finds wrong.
     """
+    run = dataclasses.replace(run, params=merged(run.params))
     check_plain(run)
     phase = run.settings.phases[phase_at(run.settings, run.step)[0]]
     length = command.length or min(phase.sequence_length, run.model.config.max_length)

@@ -1,4 +1,4 @@
-"""Compression while training, as methods: `--method fake_quantize`, `prune`, `rewire`.
+"""Compression while training, as methods: `--method fake_quantize`, `prune`, `low_precision`.
 
 Each turns settings that go through JSON into the functions of `compress/`.
 """
@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from compress.fake import fake_quantization
 from compress.formats import format_of
+from compress.int8_training import Kind, Products, low_precision_products
 from compress.mask_trees import Selection, by_layer, targets_of, together
 from compress.masks import blocks, n_of_m, unstructured
+from compress.optimizer_state import BLOCK, SMALLEST, eight_bit
 from compress.quantize import formats_by_path, weight_rules
 from compress.schedules import Rewiring, Schedule, cubic, iterative, one_shot
 from compress.sparse_optimizer import at_random, by_gradient, rewire
 from compress.sparse_step import Pruning, hard, mask_weights, straight_through
 from train.methods import Plugs, Setup
-from train.plugs import WeightTransform
+from train.plugs import Context, PyTree, WeightTransform
 
 Rules = tuple[tuple[str, float], ...]
 
@@ -170,6 +173,83 @@ class Rewire:
         return Plugs(optimizer=wrapped)
 
 
+@dataclass(frozen=True)
+class LowPrecision:
+    """Takes the products of kernels in 8 bits, forward and where wanted backward.
+
+    Parameters stay what they are, evaluation and what is opened later computes in float.
+
+    Attributes:
+      forward: of the outputs: "int8", "e4m3", "e5m2" or "float".
+      input_gradient: of the gradient that goes on to the layer before.
+      weight_gradient: of the kernel's own gradient.
+      rounding: of gradients, "stochastic" is right on average.
+      rules: regexes of the kernels; a head suffers, and embeddings take no product.
+    """
+
+    name: ClassVar[str] = "low_precision"
+    forward: Kind = "int8"
+    input_gradient: Kind = "int8"
+    weight_gradient: Kind = "float"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rules: tuple[str, ...] = ("blocks/.*/kernel",)
+
+    def __post_init__(self) -> None:
+        _ = self.products
+
+    @property
+    def products(self) -> Products:
+        """In what numbers products are taken."""
+        return Products(self.forward, self.input_gradient, self.weight_gradient, self.rounding)
+
+    def build(self, setup: Setup) -> Plugs:
+        """Gives chosen kernels products of their own.
+
+        Raises:
+          ValueError: a rule that matches nothing, or what is no kernel.
+        """
+        products = low_precision_products([(rule, self.products) for rule in self.rules])
+        context = Context(jnp.int32(0), None, {}, {}, {})
+        jax.eval_shape(lambda params: products(params, context), setup.params)
+
+        def apply(weights: PyTree, context: Context) -> PyTree:
+            return weights if context.rng is None else products(weights, context)
+
+        return Plugs(transforms=(WeightTransform(self.name, apply),))
+
+
+@dataclass(frozen=True)
+class EightBitState:
+    """Keeps the optimizer's moments in 8 bits, see `compress.optimizer_state`.
+
+    Attributes:
+      block: numbers that share a scale, at most.
+      smallest: parameters with fewer numbers keep their moments as they are.
+      rounding: "stochastic" is right on average.
+      seed: of stochastic rounding.
+    """
+
+    name: ClassVar[str] = "eight_bit_state"
+    block: int = BLOCK
+    smallest: int = SMALLEST
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = 0
+
+    def build(self, setup: Setup) -> Plugs:
+        """Wraps the optimizer.
+
+        Raises:
+          ValueError: a block below 1; when the state is made, if nothing would be kept in 8 bits.
+        """
+        key = jax.random.key(self.seed) if self.rounding == "stochastic" else None
+
+        def wrapped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+            return eight_bit(tx, block=self.block, smallest=self.smallest, key=key)
+
+        wrapped(optax.identity())  # refuses a block that does not fit
+        return Plugs(optimizer=wrapped)
+
+
 def _ends_in_time(name: str, last: int, steps: int) -> None:
     if last >= steps:
         raise ValueError(
@@ -178,4 +258,6 @@ def _ends_in_time(name: str, last: int, steps: int) -> None:
         )
 
 
-COMPRESS_METHODS: dict[str, type[Any]] = {m.name: m for m in (FakeQuantize, Prune, Rewire)}
+COMPRESS_METHODS: dict[str, type[Any]] = {
+    m.name: m for m in (FakeQuantize, Prune, Rewire, LowPrecision, EightBitState)
+}

@@ -7,7 +7,9 @@ Written as report.json and report.md into the run that was compressed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,8 @@ from compress.stored import is_packed, is_product
 from experiments.audit import audit
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
-from experiments.compression_timings import Timing, timings
+from experiments.compression_probe import by_probe, choices, probe_run
+from experiments.compression_timings import PROMPT, Timing, timings
 from experiments.machine import machine
 from experiments.run import Run, open_run, phase_at, write_json
 from model.flops import flops_per_token
@@ -128,7 +131,11 @@ def quality(
 def report(
     dense: Run, small: Run, split: Split, *, batch_size: int = 8, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measures two runs: {"before", "after", "timings", "machine"}.
+    """Measures two runs: {"before", "after", "timings", "kernels", "machine"}.
+
+    "kernels" says, for a prompt and for one row, which way of taking each product was fastest here,
+    by what times, and what arithmetic a program of these choices does. It is empty where nothing is
+    quantized, and without repeats.
 
     Args:
       dense: the run that was compressed.
@@ -164,8 +171,24 @@ def report(
         "before": before,
         "after": after,
         "timings": [timing._asdict() for timing in raced],
+        "kernels": _kernels(small, repeats) if repeats else {},
         "machine": machine(),
     }
+
+
+def _kernels(run: Run, repeats: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for work, rows in (("prefill", min(PROMPT, run.model.config.max_length)), ("decode", 1)):
+        tables = probe_run(run.params, rows, repeats=repeats)
+        if tables:
+            chosen = by_probe(run.params, tables, rows)
+            found[work] = {
+                "rows": rows,
+                "fastest": choices(run.params, tables, rows),
+                "measured": [each.to_json() for each in tables.values()],
+                "arithmetic": _arithmetic(dataclasses.replace(run, params=chosen)),
+            }
+    return found
 
 
 def _arithmetic(run: Run) -> Side:
@@ -198,6 +221,16 @@ def table(found: dict[str, Any]) -> str:
         t = Timing(**row)
         cells = (f"{t.tokens_per_second:,.0f}", f"{t.spread:.0%}", f"{t.ratio:.2f}")
         lines.append(f"| {' | '.join((t.work, t.model, *cells))} |")
+    for work, kernels in found.get("kernels", {}).items():
+        counts = Counter(kernels["fastest"].values())
+        named = ", ".join(f"{name} for {count}" for name, count in counts.most_common())
+        dots = kernels["arithmetic"]
+        lines += [
+            "",
+            f"Fastest way of taking the products of {work} at {kernels['rows']} rows, by weight: "
+            f"{named}; a program of these has {dots['integer dots']} integer and "
+            f"{dots['float dots']} float dots.",
+        ]
     return "\n".join(lines)
 
 

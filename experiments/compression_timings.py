@@ -71,12 +71,12 @@ def timings(dense: Model, small: Model, *, repeats: int = 5) -> list[Timing]:
     work: dict[str, tuple[int, Mapping[str, Callable[[], Any]]]] = {
         f"prefill {length} tokens": (
             length,
-            {name: _prefill(*pair, length) for name, pair in models.items()},
+            {name: prefill(*pair, length) for name, pair in models.items()},
         )
     }
     steps = min(STEPS, length - 1)
     for batch in BATCHES:
-        calls = {name: _decode(*pair, batch, length, steps) for name, pair in models.items()}
+        calls = {name: decode(*pair, batch, length, steps) for name, pair in models.items()}
         work[f"decode batch {batch}"] = (batch * steps, calls)
     return [
         row for name, (tokens, calls) in work.items() for row in _race(name, tokens, calls, repeats)
@@ -108,7 +108,7 @@ def _race(
     ]
 
 
-def _prefill(model: Transformer, params: PyTree, length: int) -> Callable[[], Any]:
+def prefill(model: Transformer, params: PyTree, length: int) -> Callable[[], Any]:
     """A prompt read, and the logits of what follows it."""
     tokens = jnp.zeros((1, length), jnp.int32)
 
@@ -119,7 +119,7 @@ def _prefill(model: Transformer, params: PyTree, length: int) -> Callable[[], An
     return lambda: read(params, tokens)
 
 
-def _decode(
+def decode(
     model: Transformer, params: PyTree, batch: int, length: int, steps: int
 ) -> Callable[[], Any]:
     """The last tokens of `length`, one after the other, greedily."""

@@ -16,6 +16,13 @@ import optax
 
 from compress.awq import awq_params
 from compress.gptq import gptq_params
+from compress.lowrank_params import (
+    compensate_on,
+    compensate_params,
+    factorize_on,
+    factorize_params,
+    ranks_by_path,
+)
 from compress.mask_trees import (
     block_kernels,
     by_layer,
@@ -262,6 +269,67 @@ class Structured:
         return config, params
 
 
+@dataclass(frozen=True)
+class LowRankFactors:
+    """Two thin factors in place of the blocks' kernels, see `compress.lowrank`.
+
+    Attributes:
+      share: of the weights that the factors hold, which gives each kernel its rank.
+      rank: of all kernels, in place of the share.
+      keep: "outputs" on the calibration text, or the "weights" themselves.
+      damping: added to the diagonal of the calibration's Hessian, as a share of its mean.
+    """
+
+    share: float = 0.5
+    rank: int | None = None
+    keep: Literal["outputs", "weights"] = "outputs"
+    damping: float = 0.01
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Factorizes the kernels of the blocks."""
+        rules = [("blocks/.*/kernel", self.share if self.rank is None else self.rank)]
+        if self.keep == "weights":
+            return model.config, factorize_params(params, rules)
+        return model.config, factorize_on(model, params, batches, rules, damping=self.damping)
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """Quantized or pruned kernels of the blocks, with low-rank factors of what they lack (LQER).
+
+    Attributes:
+      base: what is compensated: "rtn" and "gptq" quantize, "magnitude" and "wanda" prune.
+      format: for "rtn" and "gptq".
+      sparsity: for "magnitude" and "wanda".
+      rank: of the factors.
+      keep: "outputs" on the calibration text, or the "weights" themselves.
+      damping: added to the diagonal of the calibration's Hessian, as a share of its mean.
+    """
+
+    base: Literal["rtn", "gptq", "magnitude", "wanda"] = "rtn"
+    format: str = "q4_0"
+    sparsity: float = 0.5
+    rank: int = 16
+    keep: Literal["outputs", "weights"] = "outputs"
+    damping: float = 0.01
+
+    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
+        """Compresses, then gives every kernel factors."""
+        made: dict[str, Callable[[], Compressor]] = {
+            "rtn": lambda: RoundToNearest(self.format),
+            "gptq": lambda: GPTQ(self.format),
+            "magnitude": lambda: Magnitude(self.sparsity),
+            "wanda": lambda: Wanda(self.sparsity),
+        }
+        rules = [("blocks/.*/kernel", self.rank)]
+        ranks_by_path(params, rules)  # refuses a rank before anything is computed
+        _, small = made[self.base]()(model, params, batches)
+        if self.keep == "weights":
+            return model.config, compensate_params(params, small, rules)
+        new = compensate_on(model, params, small, batches, rules, damping=self.damping)
+        return model.config, new
+
+
 PARTS = ("layers", "width", "groups", "neurons")
 
 COMPRESSORS: dict[str, Callable[[], Any]] = {
@@ -273,6 +341,8 @@ COMPRESSORS: dict[str, Callable[[], Any]] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "structured": Structured,
+    "lowrank": LowRankFactors,
+    "compensated": Compensated,
 }
 """The methods, by the name that a command line uses."""
 

@@ -16,11 +16,14 @@ from typing import Any, Literal
 import jax
 import optax
 
+from compress.lora import adapted_paths, merged
+from compress.quantize import dequantize_params
 from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
 from experiments.run import open_run, write_json
 from model import huggingface
 from model.config import TransformerConfig
+from parallel.vocabulary import strip_vocabulary
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, to_json
 from train.step import init_state
@@ -75,6 +78,7 @@ def to_huggingface(
     """
     check_free(out)
     run = open_run(run_folder, step)
+    params, notes = plain_params(run.params, run.model.config.vocabulary_size)
     try:
         files = export_files(Path(run_folder) / "tokenizer")
         about = f"tokenizer    {', '.join(files)}"
@@ -83,12 +87,13 @@ def to_huggingface(
     end = run.tokenizer.end_of_document  # starts a document as well: there is nothing before it
     with made_at_once(out) as folder:
         extra = {"eos_token_id": end, "bos_token_id": end}
-        huggingface.save(folder, run.model.config, run.params, dtype=dtype, extra=extra)
+        huggingface.save(folder, run.model.config, params, dtype=dtype, extra=extra)
         for name, content in files.items():
             (folder / name).write_bytes(content)
     return [
         f"run          {run_folder} at step {run.step}",
-        f"model        {huggingface.CONFIG}, {huggingface.WEIGHTS}: {_size(run.params)}",
+        f"model        {huggingface.CONFIG}, {huggingface.WEIGHTS}: {_size(params)}",
+        *notes,
         about,
         f"folder       {out}",
     ]
@@ -141,6 +146,19 @@ def from_huggingface(
     if padding := config.vocabulary_size - kept.vocabulary_size:
         lines.insert(2, f"             without {padding} rows that no piece of the tokenizer uses")
     return lines
+
+
+def plain_params(params: Any, vocabulary_size: int) -> tuple[Any, list[str]]:
+    """Returns the parameters with low-rank factors merged, and lines that say so.
+
+    A quantized base of such factors becomes floats; a run without factors stays as it is.
+    """
+    if not (paths := adapted_paths(params)):
+        return params, []
+    plain = strip_vocabulary(dequantize_params(merged(params)), vocabulary_size)
+    return plain, [
+        f"             the low-rank factors of {len(paths)} weights are merged into them"
+    ]
 
 
 def _tokenizer(folder: Path, spec: str | None) -> Tokenizer:

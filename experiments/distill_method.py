@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -19,6 +18,12 @@ import jax.numpy as jnp
 
 from compress.distill import DIVERGENCES, check_vocabularies
 from compress.distill_features import HIDDEN_LOSSES, LAYER_MAPS, semi_orthogonal
+from experiments.distill_teacher import (
+    Teacher,
+    check_reads_alike,
+    load_teacher,
+    resolve_teacher,
+)
 from experiments.distill_terms import (
     PROJECTION,
     TEACHER,
@@ -28,30 +33,16 @@ from experiments.distill_terms import (
     over_run,
     reads,
     relation_term,
+    scaled,
 )
 from model.config import TransformerConfig, config_from_dict
 from model.flops import abstract_params
 from model.transformer import Transformer
 from train.methods import FrozenTree, Plugs, Setup
-from train.plugs import LossTerm, PyTree
+from train.plugs import Context, LossTerm, PyTree, WeightTransform
 from train.tokenizers import Tokenizer
 
 WEIGHTS = ("hard", "soft", "hidden", "attention", "relation")
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """What is known of a teacher without its folder.
-
-    Attributes:
-      model: its config, vocabulary size included.
-      step: of the checkpoint.
-      tokenizer: fingerprint of its tokenizer.
-    """
-
-    model: TransformerConfig
-    step: int
-    tokenizer: str
 
 
 @dataclass(frozen=True)
@@ -71,8 +62,10 @@ class Distil:
       temperature: of the soft term; 2 as in DistilBERT (Sanh et al. 2019, arXiv:1910.01108).
       divergence: "forward", "reverse" or "jensen_shannon".
       beta: of "jensen_shannon".
-      hidden_loss: "cosine" or "mse"; where the widths differ, through a fixed semi-orthogonal
-        projection.
+      hidden_loss: "cosine" or "mse"; where the widths differ, through a projection.
+      projection: of the student's hidden states: "fixed" is semi-orthogonal and only there where
+        the widths differ, "learned" begins so and trains with the model (TinyBERT, Jiao et al.
+        2019, arXiv:1909.10351); it is no part of what is opened later.
       layers: which layers are compared: "every" student layer with one of the teacher, evenly
         spread, or the "last" ones.
       relation_heads: into how many heads relations are cut; by default the student's.
@@ -91,6 +84,7 @@ class Distil:
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
     beta: float = 0.5
     hidden_loss: Literal["cosine", "mse"] = "cosine"
+    projection: Literal["fixed", "learned"] = "fixed"
     layers: Literal["every", "last"] = "every"
     relation_heads: int | None = None
     resolved: Any = None
@@ -108,6 +102,10 @@ class Distil:
             if getattr(self, name) not in known:
                 given = getattr(self, name)
                 raise ValueError(f"{name} is {given!r}; choose one of {', '.join(known)}")
+        if self.projection not in ("fixed", "learned"):
+            raise ValueError(f"projection is {self.projection!r}; choose 'fixed' or 'learned'")
+        if self.projection == "learned" and not any(self.hidden):
+            raise ValueError("a learned projection serves the hidden term alone; raise hidden")
         DIVERGENCES[self.divergence](self.beta)
         if self.layers not in LAYER_MAPS:
             raise ValueError(f"layers is {self.layers!r}; choose one of {', '.join(LAYER_MAPS)}")
@@ -126,26 +124,13 @@ class Distil:
           ValueError: no teacher was named.
           FileNotFoundError: it is no run.
         """
-        if self.resolved is not None:
-            return self
-        if not self.teacher:
-            raise ValueError("distillation needs a teacher; name a run with --distil.teacher")
-        if saved is not None and saved.teacher == self.teacher:
-            return dataclasses.replace(self, resolved=saved.resolved)
-        run = _open(self.teacher)
-        known = Teacher(run.model.config, run.step, run.tokenizer.fingerprint())
+        known = resolve_teacher(self, saved, "--distil.teacher")
         return dataclasses.replace(self, resolved=known)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError for a teacher that reads other tokens than the student."""
-        if self.resolved is None:
-            return
-        check_vocabularies(tokenizer.vocabulary_size, self.resolved.model.vocabulary_size)
-        if tokenizer.fingerprint() != self.resolved.tokenizer:
-            raise ValueError(
-                f"the teacher {self.teacher} reads with another tokenizer of the same size; give "
-                f"this run the teacher's: --tokenizer {_folder(self.teacher)}/tokenizer"
-            )
+        if self.resolved is not None:
+            check_reads_alike(tokenizer, self.resolved, self.teacher)
 
     def build(self, setup: Setup) -> Plugs:
         """Puts the teacher into `frozen` and its terms beside the cross-entropy.
@@ -158,10 +143,24 @@ class Distil:
         config, student = self.resolved.model, setup.config
         check_vocabularies(student.vocabulary_size, config.vocabulary_size)
         self._check_maps(student, config)
-        return Plugs(
+        plugs = Plugs(
             terms=lambda so_far: self._terms(so_far, setup),
             frozen=self._frozen(student, config),
         )
+        if self.projection == "fixed":
+            return plugs
+
+        def split(params: PyTree) -> tuple[PyTree, PyTree]:
+            drawn = semi_orthogonal(jax.random.key(0), student.width, config.width)
+            return {**params, PROJECTION: {"projection": drawn}}, {}
+
+        def apply(weights: PyTree, context: Context) -> PyTree:
+            if context.rng is not None:
+                return weights
+            return {name: part for name, part in weights.items() if name != PROJECTION}
+
+        transform = WeightTransform("distil", apply)
+        return dataclasses.replace(plugs, split=split, transforms=(transform,))
 
     def _check_maps(self, student: TransformerConfig, teacher: TransformerConfig) -> None:
         if any(self.attention) and student.heads != teacher.heads:
@@ -191,8 +190,10 @@ class Distil:
     def _frozen(
         self, student: TransformerConfig, teacher: TransformerConfig
     ) -> dict[str, FrozenTree]:
-        trees = {TEACHER: FrozenTree(abstract_params(teacher), self._load)}
-        if any(self.hidden) and student.width != teacher.width:
+        spec, known = self.teacher, self.resolved
+        trees = {TEACHER: FrozenTree(abstract_params(teacher), lambda: load_teacher(spec, known))}
+        fixed = self.projection == "fixed"
+        if fixed and any(self.hidden) and student.width != teacher.width:
             shape = jax.ShapeDtypeStruct((student.width, teacher.width), jnp.float32)
             # One draw for every seed of the run: it is part of the method, not of the model.
             key = jax.random.key(0)
@@ -201,17 +202,6 @@ class Distil:
                 lambda: {"kernel": semi_orthogonal(key, student.width, teacher.width)},
             )
         return trees
-
-    def _load(self) -> PyTree:
-        run = _open(f"{_folder(self.teacher)}@{self.resolved.step}")
-        wanted = abstract_params(self.resolved.model)
-        found = jax.eval_shape(lambda: run.params)
-        if run.model.config != self.resolved.model or found != wanted:
-            raise ValueError(
-                f"{self.teacher} does not hold plain parameters of the model that it was when this "
-                "run was set up; train a plain teacher, or begin in another folder"
-            )
-        return run.params
 
     def _terms(self, so_far: tuple[LossTerm, ...], setup: Setup) -> tuple[LossTerm, ...]:
         steps, teacher = setup.steps, Transformer(self.resolved.model)
@@ -237,31 +227,5 @@ class Distil:
                 prepare, pairs, self._relation_heads(setup.config), weight=weight["relation"]
             ),
         }
-        hard = tuple(_scaled(term, weight["hard"]) for term in so_far)
+        hard = tuple(scaled(term, weight["hard"]) for term in so_far)
         return hard + tuple(make() for name, make in terms.items() if any(getattr(self, name)))
-
-
-def _scaled(term: LossTerm, factor: Any) -> LossTerm:
-    if term.name != "cross_entropy":
-        return term
-    own = term.weight
-
-    def weight(step: jax.Array) -> jax.Array:
-        return factor(step) * (own(step) if callable(own) else own)
-
-    return dataclasses.replace(term, weight=weight)
-
-
-# Opening a run needs the table of methods, and this is one of them: hence the late imports.
-
-
-def _folder(spec: str) -> Path:
-    from experiments.run import parse_parent
-
-    return parse_parent(spec)[0]
-
-
-def _open(spec: str) -> Any:
-    from experiments.run import open_run, parse_parent
-
-    return open_run(*parse_parent(spec))

@@ -8,6 +8,7 @@ Shapes: B batch, T time, D width, N positions of a chunk, V vocabulary, P pairs 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ TEACHER = "teacher"
 """Where the teacher's parameters lie in `frozen`."""
 
 PROJECTION = "distil_projection"
-"""Where the fixed projection of the student's hidden states lies in `frozen`, if there is one."""
+"""Where the projection of the student's hidden states lies in `frozen`, or, if it trains, in the
+parameters."""
 
 Knots = Sequence[float]
 Prepare = Callable[[Batch, Context], Batch]
@@ -47,6 +49,18 @@ def over_run(knots: Knots, steps: int) -> Callable[[jax.Array], jax.Array]:
         return jnp.interp(share, places, values)
 
     return at
+
+
+def scaled(term: LossTerm, factor: Any) -> LossTerm:
+    """Returns the cross-entropy, its weight times a function of the step; others as they are."""
+    if term.name != "cross_entropy":
+        return term
+    own = term.weight
+
+    def weight(step: jax.Array) -> jax.Array:
+        return factor(step) * (own(step) if callable(own) else own)
+
+    return dataclasses.replace(term, weight=weight)
 
 
 def reads(teacher: Transformer, capture: Sequence[str] = ()) -> Prepare:
@@ -119,6 +133,8 @@ def hidden_term(
     def total(view: View, batch: Batch, context: Context) -> jax.Array:
         assert view.features is not None
         projection = context.frozen.get(PROJECTION, {}).get("kernel")
+        if PROJECTION in view.weights:  # it trains
+            projection = view.weights[PROJECTION]["projection"]
 
         def one(student_BTD: jax.Array, teacher_BTE: jax.Array) -> jax.Array:
             return HIDDEN_LOSSES[loss](student_BTD, teacher_BTE, batch["weights"], projection)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,18 @@ from jax.sharding import Mesh
 from experiments.assemble import (
     assemble,
 )
+from experiments.execution import Execution
 from experiments.layout import (
-    constrain_of,
     everywhere,
     lay_out,
     mesh_of,
+    model_of,
     of_state,
+    own_rows,
     place,
     report,
 )
-from experiments.methods import check_tokenizer, resolve
+from experiments.methods import batch_map, check_tokenizer, resolve
 from experiments.prepare import Corpora, check_lengths, describe, open_data
 from experiments.run import (
     STARTING,
@@ -39,50 +41,28 @@ from experiments.run import (
 )
 from experiments.start import start_of
 from model.flops import flops_per_token
-from model.transformer import Transformer
+from parallel.agreement import by_main, check_same, is_main
 from train.checkpoints import Checkpoints, CheckpointSettings
 from train.data import batches as batch_dataset
 from train.data import evaluation_batches, prefetched
 from train.evaluate import evaluate
-from train.loop import SILENT, LoopSettings, Outcome, train
+from train.loop import SILENT, Outcome, train
 from train.losses import cross_entropy
+from train.methods import Reading
 from train.optimizers import learning_rate_at
 from train.plugs import PyTree, State, whole
 from train.progress import progress_bar
 from train.records import Record, Sink, cut_back
-from train.settings import Settings, differences, to_json
+from train.settings import Phase, Settings, differences, to_json
 from train.step import NONFINITE, make_evaluation_step, make_train_step
 from train.tokenizers import Tokenizer
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How a run is carried out; may differ from start to resume.
-
-    Attributes:
-      loop: what the loop logs, evaluates and stops at.
-      keep_last: newest checkpoints kept.
-      keep_best: best ones kept besides.
-      log_norms: record the norms of gradients, updates and weights, by layer.
-      progress: draw a progress bar and print evaluations.
-      tensorboard: also write TensorBoard logs to `tensorboard/`.
-      wandb: also log to Weights & Biases.
-      mesh: devices by axis, as in "data=2,tensor=4"; -1 for all that are left, "" for one device.
-      strategies: "zero1" divides optimizer state over `data`, "sequence" time over `tensor`.
-    """
-
-    loop: LoopSettings = field(default_factory=LoopSettings)
-    keep_last: int = 2
-    keep_best: int = 1
-    log_norms: bool = False
-    progress: bool = True
-    tensorboard: bool = False
-    wandb: bool = False
-    mesh: str = ""
-    strategies: tuple[str, ...] = ()
-
-
-def execute(settings: Settings, out: Path, execution: Execution = Execution()) -> Outcome:
+def execute(
+    settings: Settings,
+    out: Path,
+    execution: Execution = Execution(),  # noqa: B008 (frozen)
+) -> Outcome:
     """Trains the run into `out`, or goes on where it stopped.
 
     Returns:
@@ -93,6 +73,7 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         fit each other or the data.
     """
     out = Path(out)
+    _agree(settings, out, execution)
     settings = resolve(settings, read_settings(out) if (out / "settings.json").exists() else None)
     _compare(settings, out)
     # Refuses a schedule that does not fit the steps, before any data is read.
@@ -109,22 +90,36 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
         tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
         check_lengths(corpora, _window_length(settings))
         check_tokenizer(settings, tokenizer)
-        if execution.progress:
+        if execution.progress and is_main():
             print("\n".join(f"data: {line}" for line in describe(corpora)))
-        write_json(out / "settings.json", to_json(settings))
-        (out / STARTING).unlink(missing_ok=True)
+
+        def begin() -> None:
+            write_json(out / "settings.json", to_json(settings))
+            (out / STARTING).unlink(missing_ok=True)
+
+        by_main(begin)
         stack.enter_context(jax.set_mesh(mesh))
-        start = start_of(settings, tokenizer, checkpoints, out, execution.strategies, mesh)
+        beside = batch_map(_reading(settings, corpora, out))
+        start = start_of(settings, tokenizer, checkpoints, out, execution.division, mesh)
         state = start.state
-        if int(state.step) >= settings.steps and (out / "result.json").exists():
-            result = read_json(out / "result.json")
+        if int(state.step) >= settings.steps and (result := by_main(lambda: _result(out))):
             return Outcome(state, result["reason"], None, result["evaluation"], result["seconds"])
         spent = start.seconds
-        cut_back(out / "metrics.jsonl", int(state.step))
-        sinks = _sinks(settings, out, execution)
-        record = stack.enter_context(Record(out / "metrics.jsonl", sinks))
+        step = int(state.step)
+        by_main(lambda: cut_back(out / "metrics.jsonl", step))
+        sinks = _sinks(settings, out, execution) if is_main() else ()
+        path = out / "metrics.jsonl" if is_main() else None
+        record = stack.enter_context(Record(path, sinks))
         plan = _Plan(
-            settings, execution, out, tokenizer, corpora, mesh, start.frozen, start.frozen_hash
+            settings,
+            execution,
+            out,
+            tokenizer,
+            corpora,
+            mesh,
+            start.frozen,
+            start.frozen_hash,
+            beside,
         )
         while outcome is None or (
             outcome.reason == "finished"
@@ -136,16 +131,14 @@ def execute(settings: Settings, out: Path, execution: Execution = Execution()) -
             outcome = _run_phase(plan, checkpoints, record, state, spent)
         if outcome.reason == "finished" and int(outcome.state.step) < settings.steps:
             outcome.reason = "signal"  # between two phases
-    write_json(
-        out / "result.json",
-        {
-            "reason": outcome.reason,
-            "step": int(outcome.state.step),
-            "evaluation": outcome.evaluation,
-            "seconds": outcome.seconds,
-            "skipped_updates": int(outcome.state.extra[NONFINITE]["total"]),
-        },
-    )
+    result = {
+        "reason": outcome.reason,
+        "step": int(outcome.state.step),
+        "evaluation": outcome.evaluation,
+        "seconds": outcome.seconds,
+        "skipped_updates": int(outcome.state.extra[NONFINITE]["total"]),
+    }
+    by_main(lambda: write_json(out / "result.json", result))
     return outcome
 
 
@@ -160,6 +153,7 @@ class _Plan(NamedTuple):
     mesh: Mesh
     frozen: PyTree
     frozen_hash: str | None
+    beside: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def _run_phase(
@@ -173,34 +167,34 @@ def _run_phase(
     index, first, last = phase_at(settings, int(state.step))
     phase = settings.phases[index]
     config = config_for(phase, plan.tokenizer)
-    parts = assemble(settings, config)
-    layout = lay_out(plan.mesh, execution.strategies, settings, phase, parts)
-    model, plugs = Transformer(config, constrain=constrain_of(layout)), parts.plugs
+    parts = assemble(settings, config, plan.mesh.shape["data"])
+    layout = lay_out(plan.mesh, execution.division, settings, phase, parts)
+    model, plugs = model_of(layout, config), parts.plugs
     step = make_train_step(
         model,
         parts.terms,
         parts.optimizer,
         transforms=plugs.transforms,
         gradient=plugs.gradient or whole,
-        micro_batches=settings.micro_batches,
+        # A method's gradient function goes through them by itself.
+        micro_batches=settings.micro_batches if plugs.gradient is None else 1,
         loss_chunk=settings.loss_chunk,
         max_nonfinite=settings.max_nonfinite,
         log_norms=execution.log_norms,
     )
+    if plugs.around is not None:
+        step = plugs.around.step(step)
     shardings, whole_copy = of_state(layout, state), everywhere(layout)
     compiled_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole_copy))
     measure = jax.jit(
         make_evaluation_step(model, [cross_entropy()], plugs.transforms, settings.loss_chunk),
         out_shardings=whole_copy,
     )
-    data = batch_dataset(
-        [(corpus.split("train"), weight) for corpus, weight in plan.corpora],
-        seed=settings.seed,
-        sequence_length=phase.sequence_length,
-        batch_size=_windows_by_step(settings),
-        window_length=_window_length(settings),
-        document_boundaries=settings.document_boundaries,
-    )
+    rows = phase.batch_size
+    own = own_rows(layout, rows)
+    if own and _of_first_batch(own, settings, phase) is None:
+        own = None
+    data = _dataset(settings, plan.corpora, phase, own).map(plan.beside)
     held_out = [corpus.split("validation") for corpus, _ in plan.corpora]
     held_out_bytes = sum(split.bytes for split in held_out)
 
@@ -211,10 +205,11 @@ def _run_phase(
                 sequence_length=phase.sequence_length,
                 batch_size=phase.batch_size,
                 document_boundaries=settings.document_boundaries,
+                rows=own,
             )
 
     def batch_of(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place(layout, batch)
+        return place(layout, batch, own, rows)
 
     def evaluation(state: State) -> dict[str, float]:
         return evaluate(
@@ -223,14 +218,17 @@ def _run_phase(
 
     def save(step: int, state: State, loss: float | None, seconds: dict[str, float]) -> None:
         info = {"phase": index, "seconds": seconds, "frozen": plan.frozen_hash}
+        info |= {"workers": plan.mesh.shape["data"]}
         checkpoints.save(step, state, info, loss=loss)
 
     if plan.mesh.size > 1 and execution.progress:
         first_batch = batch_of(data[int(state.step)])
         compiled = compiled_step.lower(state, plan.frozen, first_batch).compile()
-        print(report(layout, state, compiled))
+        if is_main():
+            print(report(layout, state, compiled))
     rates = learning_rate_at(settings.optimizer, settings.schedule, settings.steps)
-    bar = progress_bar(plan.out.name, int(state.step), last) if execution.progress else None
+    shown = execution.progress and is_main()
+    bar = progress_bar(plan.out.name, int(state.step), last) if shown else None
     with bar or nullcontext(SILENT) as reporter:
         return train(
             compiled_step,
@@ -250,6 +248,36 @@ def _run_phase(
             trace_folder=str(plan.out / "profile"),
             reporter=reporter,
         )
+
+
+def _dataset(settings: Settings, corpora: Corpora, phase: Phase, own: slice | None = None) -> Any:
+    """The batches of a phase, by step of the run: whole, or the rows `own` of each."""
+    return batch_dataset(
+        [(corpus.split("train"), weight) for corpus, weight in corpora],
+        seed=settings.seed,
+        sequence_length=phase.sequence_length,
+        batch_size=_windows_by_step(settings),
+        window_length=_window_length(settings),
+        document_boundaries=settings.document_boundaries,
+        rows=own and _of_first_batch(own, settings, phase),
+    )
+
+
+def _reading(settings: Settings, corpora: Corpora, out: Path) -> Reading:
+    """The data as methods see it that put something beside each batch."""
+    phase = settings.phases[0]
+
+    def windows() -> Iterator[dict[str, np.ndarray]]:
+        for corpus, _ in corpora:
+            yield from evaluation_batches(
+                corpus.split("train"),
+                sequence_length=phase.sequence_length,
+                batch_size=phase.batch_size,
+                document_boundaries=settings.document_boundaries,
+            )
+
+    facts = [{"sha256": c.fingerprint, "tokenizer": c.tokenizer} for c, _ in corpora]
+    return Reading(settings, facts, lambda phase: _dataset(settings, corpora, phase), windows, out)
 
 
 def _window_length(settings: Settings) -> int:
@@ -277,6 +305,34 @@ def _windows_by_step(settings: Settings) -> int | Callable[[int], int]:
     return lambda step: windows[phase_at(settings, step)[0]]
 
 
+def _of_first_batch(own: slice, settings: Settings, phase: Phase) -> slice | None:
+    """The same part of the run's first batch, cut as in this phase: what `batch_dataset` takes.
+
+    None if that batch has no such part: then this process reads all rows.
+    """
+    first = settings.phases[0]
+    rows = first.batch_size * first.sequence_length // phase.sequence_length
+    if own.start * rows % phase.batch_size or own.stop * rows % phase.batch_size:
+        return None
+    return slice(own.start * rows // phase.batch_size, own.stop * rows // phase.batch_size)
+
+
+def _agree(settings: Settings, out: Path, execution: Execution) -> None:
+    """Raises ValueError if other processes have been started with something else."""
+    facts = {
+        "settings": to_json(settings),
+        "execution": asdict(execution),
+        "out": str(out.absolute()),
+        "jax": jax.__version__,
+    }
+    check_same(json.loads(json.dumps(facts)), "settings", differences)
+
+
+def _result(out: Path) -> dict[str, Any] | None:
+    path = out / "result.json"
+    return read_json(path) if path.exists() else None
+
+
 def _compare(settings: Settings, out: Path) -> None:
     """Raises ValueError if `out` holds a run of other settings."""
     path = out / "settings.json"
@@ -297,6 +353,8 @@ def _forgotten_if_it_never_began(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
+        if not is_main():
+            raise
         metrics, settings = out / "metrics.jsonl", out / "settings.json"
         ours = settings.exists() or (out / STARTING).exists()
         if ours and not begun and not (metrics.exists() and metrics.stat().st_size):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 
+from compress.kv_cache import CACHES
+from experiments.adapters import adapted_run
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
-from experiments.run import open_run
 from model.generate import Sampling, generate
 
 
@@ -30,6 +32,9 @@ class Generate:
       top_p: keep the most probable tokens up to this probability.
       samples: how many continuations.
       seed: of the draws.
+      cache: "int8" keeps keys and values in 8 bits.
+      adapters: folders of `experiments.adapters`, put onto the run, each with its weight as
+        "FOLDER" or "WEIGHT*FOLDER".
     """
 
     run: Path
@@ -41,6 +46,8 @@ class Generate:
     top_p: float | None = 0.95
     samples: int = 1
     seed: int = 0
+    cache: Literal["float", "int8"] = "float"
+    adapters: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -51,7 +58,7 @@ def main() -> None:
     if command.samples < 1:
         raise ValueError(f"samples is {command.samples}; it must be at least 1")
     use_compilation_cache()
-    run = open_run(command.run, command.step)
+    run = adapted_run(command.run, command.step, command.adapters)
     ids = run.tokenizer.encode(command.prompt).tolist() or [run.tokenizer.end_of_document]
     positions = run.model.config.max_length
     if len(ids) >= positions:
@@ -67,6 +74,7 @@ def main() -> None:
         max_new_tokens=min(command.max_new_tokens, positions - len(ids)),
         sampling=Sampling(command.temperature, command.top_k, command.top_p),
         stop_tokens=[run.tokenizer.end_of_document],
+        cache=CACHES[command.cache],
     )
     for number, new in enumerate(found.new_tokens(), start=1):
         if command.samples > 1:

@@ -2,6 +2,9 @@
 
 A cell's folder is named by the hash of its settings, so a command runs only what is missing, goes
 on where it was stopped, and tables and pictures are made from the results alone.
+
+What is measured on finished runs is a `Measurement`: a function of JSON settings whose result is
+kept under their hash, too.
 """
 
 from __future__ import annotations
@@ -9,17 +12,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments.execute import Execution, execute
+from experiments.machine import machine
+from experiments.run import read_json, write_json
 from train.loop import LoopSettings
-from train.records import Row, read_rows
-from train.settings import Settings, fingerprint
+from train.records import Row, plain, read_rows
+from train.settings import Settings, digest, essential
 
+_IN_A_FOLDER = re.compile(r".*[/\\]([0-9a-f]{16}(@\d+)?)")  # of cells
 ENDS = ("finished", "target", "nonfinite")  # not "signal": that cell goes on
 
 
@@ -32,16 +39,22 @@ class Cell:
       settings: what it is, seed included.
       loop: what it is stopped and measured by; part of its hash, since a target is part of the
         result.
+      needs: cells whose runs it starts from, a parent or a teacher, and measurements that write
+        such a run. No part of the hash, since its settings name them.
     """
 
     name: str
     settings: Settings
     loop: LoopSettings = field(default_factory=LoopSettings)
+    needs: tuple[Cell | Measurement, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def key(self) -> str:
-        """Hash of settings and loop."""
-        return fingerprint(self.settings, dataclasses.asdict(self.loop))
+        """Hash of settings and loop, as `train.settings.fingerprint` has it.
+
+        Another cell that they name, a parent or a teacher, counts by its key, wherever it lies.
+        """
+        return digest(without_folders(essential([self.settings, self.loop])))
 
 
 @dataclass(frozen=True)
@@ -117,3 +130,115 @@ def run_cells(
         if result is not None:
             results.append(result)
     return results
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Something to find out once, after training: an error, a size, a time.
+
+    Attributes:
+      name: of the row that it belongs to; seeds share it.
+      settings: JSON values that say what it is, seed and keys of cells included; its hash is theirs
+        alone.
+      function: finds it out; takes the settings and returns JSON values.
+      needs: cells whose runs it opens.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    function: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(compare=False, repr=False)
+    needs: tuple[Cell, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def key(self) -> str:
+        """Hash of the settings.
+
+        >>> Measurement("a", {"bits": 4, "seed": 0}, dict).key
+        '367a9f9e1584ccdf'
+        """
+        return digest(dict(self.settings))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement gave.
+
+    Attributes:
+      measurement: which.
+      values: what its function returned, through JSON: numbers that are not finite are their names.
+      seconds: that it took.
+      machine: that it was made on.
+    """
+
+    measurement: Measurement
+    values: dict[str, Any]
+    seconds: float
+    machine: dict[str, Any]
+
+
+def read_measured(measurement: Measurement, folder: Path) -> Measured | None:
+    """Returns what a measurement under `folder` gave, or None if it has not been made.
+
+    Raises:
+      ValueError: its file is damaged.
+    """
+    path = folder / f"{measurement.key}.json"
+    if not path.exists():
+        return None
+    content = read_json(path)
+    return Measured(measurement, content["values"], content["seconds"], content["machine"])
+
+
+def run_measurements(
+    measurements: Sequence[Measurement], folder: Path, *, max_minutes: float | None = None
+) -> list[Measured]:
+    """Makes the measurements that are missing and returns all results there are, in order.
+
+    Args:
+      measurements: what to find out.
+      folder: holds a file for each.
+      max_minutes: no further one is begun after so long.
+
+    Raises:
+      ValueError: a function returned what JSON cannot hold.
+    """
+    start, found = time.monotonic(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for measurement in measurements:
+        result = read_measured(measurement, folder)
+        begun = time.monotonic()
+        if result is None and (max_minutes is None or (begun - start) / 60 < max_minutes):
+            values = measurement.function(measurement.settings)
+            content = {
+                "name": measurement.name,
+                "settings": dict(measurement.settings),
+                "values": plain(dict(values)),
+                "seconds": time.monotonic() - begun,
+                "machine": machine(),
+            }
+            try:
+                json.dumps(content)
+            except TypeError as error:
+                raise ValueError(
+                    f"the measurement {measurement.name!r} returned what JSON cannot hold: {error}"
+                ) from None
+            write_json(folder / f"{measurement.key}.json", content)
+            result = read_measured(measurement, folder)
+        if result is not None:
+            found.append(result)
+    return found
+
+
+def without_folders(values: Any) -> Any:
+    """Returns JSON values with the key alone in place of the path to a cell's folder.
+
+    >>> without_folders({"parent": "runs/cells/0123456789abcdef@300", "data": ["a/b.txt"]})
+    {'parent': '0123456789abcdef@300', 'data': ['a/b.txt']}
+    """
+    if isinstance(values, dict):
+        return {name: without_folders(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [without_folders(value) for value in values]
+    if isinstance(values, str) and (found := _IN_A_FOLDER.fullmatch(values)):
+        return found[1]
+    return values

@@ -7,13 +7,19 @@ in `compress/`, `parallel/` and `train/`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from experiments.compress_methods import COMPRESS_METHODS
+from experiments.distill_cached_method import DistilCached
 from experiments.distill_method import Distil
+from experiments.lora_method import Lora
+from experiments.lowrank_method import LowRankKernels
+from experiments.on_policy_method import OnPolicyDistil
+from experiments.parallel_methods import PARALLEL_METHODS
 from model.rules import match
-from train.methods import Plugs, Setup
+from train.methods import Plugs, Reading, Setup, one_side
 from train.plugs import PyTree
 from train.settings import Settings
 from train.tokenizers import Tokenizer
@@ -41,22 +47,18 @@ class Freeze:
         chosen = match([(rule, True) for rule in self.rules], setup.params, default=False)
 
         def split(params: PyTree) -> tuple[PyTree, PyTree]:
-            return _part(params, chosen, False), _part(params, chosen, True)
+            return one_side(params, chosen, False), one_side(params, chosen, True)
 
         return Plugs(split=split)
 
 
-def _part(params: PyTree, chosen: PyTree, side: bool) -> PyTree:
-    """The leaves on one side, in nested dicts without empty branches."""
-    if not isinstance(params, dict):
-        return params if chosen is side else {}
-    parts = {name: _part(value, chosen[name], side) for name, value in params.items()}
-    return {name: p for name, p in parts.items() if not (isinstance(p, dict) and not p)}
-
-
 METHODS: dict[str, type[Any]] = {
-    **{method.name: method for method in (Freeze, Distil)},
+    **{
+        method.name: method
+        for method in (Freeze, Lora, LowRankKernels, Distil, DistilCached, OnPolicyDistil)
+    },
     **COMPRESS_METHODS,
+    **PARALLEL_METHODS,
 }
 
 
@@ -83,3 +85,15 @@ def check_tokenizer(settings: Settings, tokenizer: Tokenizer) -> None:
     for method in settings.methods:
         if hasattr(method, "check_tokenizer"):
             method.check_tokenizer(tokenizer)
+
+
+def batch_map(reading: Reading) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Returns `batch -> batch` with what the methods of the run put beside it, in their order."""
+    maps = [m.read(reading) for m in reading.settings.methods if hasattr(m, "read")]
+
+    def apply(batch: dict[str, Any]) -> dict[str, Any]:
+        for each in maps:
+            batch = each(batch)
+        return batch
+
+    return apply

@@ -24,7 +24,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,23 @@ def one_run(command: ParameterServer, form: str, seed: int, task: Task) -> dict[
     }
 
 
+@contextmanager
+def ray_running() -> Iterator[None]:
+    """Ray on this machine, for as long as it is needed.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def seconds_to(curve: Sequence[Sequence[float]], target: float) -> float | None:
     """Returns the seconds of the first point at or under a loss.
 
@@ -221,8 +239,8 @@ def spread(values: Sequence[float | None], digits: int) -> str:
     return text if len(found) == len(values) else f"{text}, {len(found)} of {len(values)}"
 
 
-def picture(runs: Sequence[dict[str, Any]], target: float, path: Path) -> None:
-    """Draws validation loss against seconds into a PNG, a line a run."""
+def figure(runs: Sequence[dict[str, Any]], target: float) -> Any:
+    """Returns a picture of validation loss against seconds, a line a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.8), layout="constrained")
@@ -237,7 +255,13 @@ def picture(runs: Sequence[dict[str, Any]], target: float, path: Path) -> None:
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    return figure
+
+
+def settings_of(command: ParameterServer) -> dict[str, Any]:
+    """Returns what the runs depend on, as JSON values."""
+    fields = dataclasses.asdict(command)
+    return {key: value for key, value in fields.items() if key not in ("seeds", "out")}
 
 
 def run(command: ParameterServer) -> dict[str, Any]:
@@ -251,37 +275,28 @@ def run(command: ParameterServer) -> dict[str, Any]:
         raise ValueError(
             f"{command.workers} workers and {command.seeds} seeds; needed are at least 2 and 1"
         )
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
     command = dataclasses.replace(command, out=command.out.resolve())  # workers have other folders
     command.out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        key: value
-        for key, value in dataclasses.asdict(command).items()
-        if key not in ("seeds", "out")
-    }
+    settings = settings_of(command)
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    runs, started = [], False
-    try:
+    runs = []
+    with ExitStack() as stack:
+        started = False
         for seed in range(command.seeds):
             task = None
             for form in FORMS:
                 path = command.out / f"{name}_{form}_{seed}.json"
                 if not path.exists():
                     if not started:
-                        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+                        stack.enter_context(ray_running())
                         started = True
                     task = task or make_task(command.task, seed)
                     write_json(path, one_run(command, form, seed, task))
                 runs.append(read_json(path))
-    finally:
-        if started:
-            ray.shutdown()
     facts = {"machine": machine(), "settings": settings, **summary(command, runs)}
     write_json(command.out / "parameter_server.json", facts)
     (command.out / "parameter_server.md").write_text(table(facts) + "\n")
-    picture(runs, facts["target"], command.out / "parameter_server.png")
+    figure(runs, facts["target"]).savefig(command.out / "parameter_server.png", dpi=130)
     return facts
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.run import begin_start, read_json, write_json
+from parallel.agreement import by_main, is_main, together, wait_until_seen
 from train.cache import build_once, default_cache
 from train.corpus import Corpus, build_corpus
 from train.data import windows_per_epoch
@@ -19,16 +20,28 @@ Corpora = list[tuple[Corpus, float]]
 def open_data(data: tuple[str, ...], tokenizer_spec: str, out: Path) -> tuple[Tokenizer, Corpora]:
     """Returns the tokenizer (kept in `out`) and the tokenised sources with their weights.
 
+    Of several processes, process 0 prepares, and the others then find its work (those on a machine
+    with a cache of its own tokenise once more there, with the same tokenizer).
+
     Raises:
       ValueError: a source that cannot be read, or that has changed since the run in `out` began.
     """
-    if not (out / "settings.json").exists():
-        begin_start(out)
-    mixture = [(open_source(spec), weight) for spec, weight in parse_mixture(data)]
-    tokenizer = _tokenizer(tokenizer_spec, out, mixture[0][0])
-    corpora = [(build_corpus(source, tokenizer), weight) for source, weight in mixture]
-    _record(corpora, out)
-    return tokenizer, corpora
+    opened: list[tuple[Tokenizer, Corpora]] = []
+
+    def prepare() -> None:
+        if is_main() and not (out / "settings.json").exists():
+            begin_start(out)
+        if not is_main():
+            wait_until_seen(out / "data.json")
+        mixture = [(open_source(spec), weight) for spec, weight in parse_mixture(data)]
+        tokenizer = _tokenizer(tokenizer_spec, out, mixture[0][0])
+        corpora = [(build_corpus(source, tokenizer), weight) for source, weight in mixture]
+        _record(corpora, out)
+        opened.append((tokenizer, corpora))
+
+    by_main(prepare)
+    together(lambda: None if opened else prepare())
+    return opened[0]
 
 
 def steps_per_epoch(corpora: Corpora, *, batch_size: int, sequence_length: int) -> int:

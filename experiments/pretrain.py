@@ -9,6 +9,7 @@ Stopped by Ctrl-C, SIGTERM or a kill, the same command goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import time
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from experiments.prepare import open_data, steps_per_epoch
 from experiments.run import open_run, parse_parent
 from model.config import TransformerConfig
 from model.presets import PRESETS, modern_mini
-from train.loop import LoopSettings
-from train.optimizer_settings import OptimizerSettings
+from parallel.agreement import check_same, is_main
+from parallel.processes import connect
+from train.loop import LoopSettings, Outcome
 from train.optimizers import OPTIMIZERS
+from train.optimizers.settings import OptimizerSettings
 from train.schedules import SCHEDULES
-from train.settings import Phase, Settings
+from train.settings import Phase, Settings, differences
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,15 @@ class Pretrain:
       mesh: devices by axis (data, pipeline, fsdp, context, tensor), as in data=2,tensor=4; -1 for
         all that are left. By default one device.
       strategies: "zero1" divides optimizer state over data, "sequence" time over tensor.
+      pipeline_micro_batches: parts in which rows pass the axis pipeline; by default its size.
+      pipeline_rounds: times that each part passes it: 1 for GPipe, more for shorter stages.
       vocabulary_multiple: pad the vocabulary to a multiple, so that the mesh divides it.
+      coordinator: HOST:PORT of process 0, where several processes train together; or "auto". Under
+        a launcher that says it (Slurm, Open MPI, Kubernetes, TPU pods) neither this nor the next
+        two are needed: see docs/several-machines.md.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
+      connect_timeout: seconds to wait for the others.
     """
 
     model: TransformerConfig
@@ -97,7 +108,13 @@ class Pretrain:
     wandb: bool = False
     mesh: str = ""
     strategies: tuple[str, ...] = ()
+    pipeline_micro_batches: int | None = None
+    pipeline_rounds: int = 1
     vocabulary_multiple: int = 1
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    connect_timeout: float = 300.0
 
 
 def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Settings, Execution]:
@@ -159,6 +176,8 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
         wandb=command.wandb,
         mesh=command.mesh,
         strategies=command.strategies,
+        pipeline_micro_batches=command.pipeline_micro_batches,
+        pipeline_rounds=command.pipeline_rounds,
     )
     return settings, execution
 
@@ -175,23 +194,35 @@ def main() -> int:
         METHODS,
         description=__doc__ or "",
     )
+    connect(command.coordinator, command.num_processes, command.process_id, command.connect_timeout)
+    own = ("process_id", "connect_timeout")
+    shared = {name: v for name, v in dataclasses.asdict(command).items() if name not in own}
+    check_same(json.loads(json.dumps(shared, default=str)), "settings", differences)
     settings, execution = settings_of(command, methods)
     use_compilation_cache()
     start = time.perf_counter()
     outcome = execute(settings, command.out, execution)
+    if is_main():
+        _say(command.out, outcome, time.perf_counter() - start)
+    if outcome.reason == "signal":
+        assert outcome.signal is not None
+        return 128 + outcome.signal
+    return 3 if outcome.reason == "nonfinite" else 0
+
+
+def _say(out: Path, outcome: Outcome, seconds: float) -> None:
+    """Prints how a run ended."""
     step = int(outcome.state.step)
-    parts = "  ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
-    print(f"{outcome.reason} at step {step} after {time.perf_counter() - start:.1f} s  ({parts})")
+    parts = "  ".join(f"{name} {spent:.1f} s" for name, spent in outcome.seconds.items())
+    print(f"{outcome.reason} at step {step} after {seconds:.1f} s  ({parts})")
     if outcome.evaluation:
         numbers = (f"{name} {outcome.evaluation[name]:.4f}" for name in ("loss", "bits_per_byte"))
         print("validation  " + "  ".join(numbers))
-    print(f"run         {command.out}")
+    print(f"run         {out}")
     if outcome.reason == "signal":
         assert outcome.signal is not None
         name = signal.Signals(outcome.signal).name
         print(f"{name}: saved step {step}; the same command goes on from there")
-        return 128 + outcome.signal
-    return 3 if outcome.reason == "nonfinite" else 0
 
 
 def _profile(text: str | None) -> tuple[int, int] | None:

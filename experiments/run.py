@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from compress.stored import abstract_from
 from experiments.assemble import (
     abstract_frozen,
@@ -82,7 +84,12 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
         stored = read_json(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
         abstract_params = abstract_from(state.params, stored) if stored else state.params
         found = checkpoints.restore_part("params", abstract_params, step)
-        extra = checkpoints.restore_part("extra", state.extra, found.step).state
+        # What the gradient or the workers remember is of no use here.
+        extra = {
+            name: checkpoints.restore_part(f"extra/{name}", state.extra[name], found.step).state
+            for name in (transform.name for transform in parts.plugs.transforms)
+            if jax.tree.leaves(state.extra[name])
+        }
         abstract = abstract_frozen(settings, parts)
         frozen = read_frozen(folder, abstract, found.info.get("frozen"))
     for passed, reason in found.skipped:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from compress.lora import adapted_paths, merged
 from compress.stored import is_packed
 from experiments.assemble import (
     Parts,
@@ -22,9 +23,19 @@ from experiments.assemble import (
     keep_frozen,
     read_frozen,
 )
-from experiments.layout import Layout, lay_out, of_frozen, of_params, of_state, placed
+from experiments.layout import (
+    Division,
+    Layout,
+    lay_out,
+    of_frozen,
+    of_moved_state,
+    of_params,
+    of_state,
+    placed,
+)
 from experiments.run import config_for, open_run, parse_parent, phase_at
 from model.config import TransformerConfig
+from parallel.agreement import is_main, spread
 from parallel.vocabulary import pad_vocabulary
 from train.checkpoints import Checkpoints
 from train.loop import reset_nonfinite
@@ -48,7 +59,7 @@ def start_of(
     tokenizer: Tokenizer,
     checkpoints: Checkpoints,
     out: Path,
-    more: tuple[str, ...],
+    division: Division,
     mesh: Mesh,
 ) -> Start:
     """Returns the newest intact state, or the first one, and what does not train.
@@ -58,28 +69,52 @@ def start_of(
       tokenizer: its own.
       checkpoints: open for writing.
       out: folder of the run.
-      more: strategies besides those of the mesh's axes.
+      division: what of the layout the mesh leaves open.
       mesh: where everything goes.
     """
     there = checkpoints.steps()
     phase = settings.phases[phase_at(settings, there[-1] if there else 0)[0]]
-    parts = assemble(settings, config_for(phase, tokenizer))
-    layout = lay_out(mesh, more, settings, phase, parts)
+    config, workers = config_for(phase, tokenizer), mesh.shape["data"]
+    parts = assemble(settings, config, workers)
+    layout = lay_out(mesh, division, settings, phase, parts)
     shapes = abstract_state(settings, parts)
     shardings = of_state(layout, shapes)
+
+    def moves(info: dict[str, Any]) -> bool:
+        return bool(parts.plugs.redistribute) and info.get("workers", 1) != workers
+
+    def wanted(info: dict[str, Any]) -> PyTree:
+        if not moves(info):
+            return placed(shapes, shardings)
+        old = abstract_state(settings, assemble(settings, config, info.get("workers", 1)))
+        return placed(old, of_moved_state(layout, old))
+
     try:
-        found = checkpoints.restore(placed(shapes, shardings))
+        found = checkpoints.restore(wanted)
     except FileNotFoundError:
         return _begin(settings, parts, layout, out)
     for step, reason in found.skipped:
-        print(f"The checkpoint of step {step} is damaged and was passed over: {reason}")
-    print(f"Going on from step {found.step} of {settings.steps}")
+        _say(f"The checkpoint of step {step} is damaged and was passed over: {reason}")
+    _say(f"Going on from step {found.step} of {settings.steps}")
     state, expected = found.state, found.info.get("frozen")
+    if moves(found.info):
+        _say(f"What {found.info.get('workers', 1)} workers had for themselves goes to {workers}")
+        state = jax.jit(lambda state: _for_workers(state, workers, parts), out_shardings=shardings)(
+            state
+        )
     if int(state.extra[NONFINITE]["in_a_row"]) >= settings.max_nonfinite:
         state = jax.device_put(reset_nonfinite(state), shardings)
     shapes = abstract_frozen(settings, parts)
     frozen = read_frozen(out, placed(shapes, of_frozen(layout, shapes)), expected)
     return Start(state, frozen, expected, found.info.get("seconds", {}))
+
+
+def _for_workers(state: State, workers: int, parts: Parts) -> State:
+    """The state for another number of workers, by the rule of each method."""
+    moved = {
+        name: rule(state.extra[name], workers) for name, rule in parts.plugs.redistribute.items()
+    }
+    return replace(state, extra={**state.extra, **moved})
 
 
 def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start:
@@ -94,13 +129,14 @@ def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start
         adopted = pad_vocabulary(
             _adopt(settings.parent, parts.config), settings.vocabulary_multiple
         )
-        given = jax.device_put(adopted, of_params(layout, whole))
+        given = spread(adopted, of_params(layout, whole))
     frozen = abstract_frozen(settings, parts)
     trained, fixed = jax.eval_shape(split, whole)
     params, fixed = jax.jit(
-        split, out_shardings=(of_params(layout, trained), of_params(layout, fixed))
+        split,
+        out_shardings=(of_params(layout, trained), of_frozen(layout, {"params": fixed})["params"]),
     )(given)
-    frozen = jax.device_put(first_frozen(parts, fixed), of_frozen(layout, frozen))
+    frozen = spread(first_frozen(parts, fixed), of_frozen(layout, frozen))
     state = jax.jit(
         lambda p, f: first_state(settings, parts, p, f),
         out_shardings=of_state(layout, abstract_state(settings, parts)),
@@ -118,10 +154,18 @@ def _adopt(parent: str, config: TransformerConfig) -> PyTree:
     if run.model.config != config:
         lines = differences(asdict(config), asdict(run.model.config))
         raise ValueError(f"{parent} has another model: {'; '.join(lines)}")
-    if any(is_packed(w) for w in jax.tree.leaves(run.params, is_leaf=is_packed)):
+    params = merged(run.params)
+    if any(is_packed(w) for w in jax.tree.leaves(params, is_leaf=is_packed)):
         raise ValueError(
             f"{parent} is quantized and does not train; start from the run that it was made of"
         )
-    print(f"From {run.folder} at step {run.step}: parameters and tokenizer are kept;")
-    print("optimizer state, schedule, step number and data order start anew")
-    return run.params
+    _say(f"From {run.folder} at step {run.step}: parameters and tokenizer are kept;")
+    _say("optimizer state, schedule, step number and data order start anew")
+    if adapted := adapted_paths(run.params):
+        _say(f"the low-rank factors of {len(adapted)} weights are merged into them")
+    return params
+
+
+def _say(text: str) -> None:
+    if is_main():
+        print(text)

@@ -41,11 +41,14 @@ def init_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
     }
 
 
-def write(cache_BSGK: jax.Array, new_BTGK: jax.Array, length_B: jax.Array) -> jax.Array:
+def write(cache_BSGK: Any, new_BTGK: jax.Array, length_B: jax.Array) -> Any:
     """Returns one layer's cache with `new` in the T slots from each row's length on.
 
-    Slots past the end are dropped, never wrapped or clamped onto earlier ones.
+    Slots past the end are dropped, never wrapped or clamped onto earlier ones. A cache that is no
+    plain array (in 8 bits, say) knows `write(new, length)` and `astype(dtype)` itself.
     """
+    if not isinstance(cache_BSGK, jax.Array):
+        return cache_BSGK.write(new_BTGK, length_B)
     B, T = new_BTGK.shape[:2]
     slots_BT = length_B[:, None] + jnp.arange(T)[None]
     return cache_BSGK.at[jnp.arange(B)[:, None], slots_BT].set(

@@ -39,12 +39,32 @@ def flops_per_token(config: TransformerConfig, length: int) -> float:
     >>> round(flops_per_token(gpt2(), 1024) / 1e6)
     266
     """
+    return block_flops(config, length) + head_flops(config)
+
+
+def block_flops(config: TransformerConfig, length: int) -> float:
+    """Returns what of `flops_per_token` the blocks take.
+
+    >>> from model.presets import gpt2
+    >>> round(block_flops(gpt2(), 1024) / 1e6)
+    189
+    """
     D, F, L = config.width, config.ffn_width_, config.layers
     K, H, G = config.head_width_, config.heads, config.kv_heads_
     kernels = D * K * (2 * H + 2 * G) + D * F * (3 if config.activation == "swiglu" else 2)
     windows = config.window if isinstance(config.window, tuple) else (config.window,) * L
     seen = sum(_mean_visible(length, window) for window in windows)
-    return 2.0 * (L * kernels + D * config.vocabulary_size) + 4.0 * H * K * seen
+    return 2.0 * L * kernels + 4.0 * H * K * seen
+
+
+def head_flops(config: TransformerConfig) -> float:
+    """Returns what of `flops_per_token` the head takes.
+
+    >>> from model.presets import gpt2
+    >>> round(head_flops(gpt2()) / 1e6)
+    77
+    """
+    return 2.0 * config.width * config.vocabulary_size
 
 
 def _mean_visible(length: int, window: int | None) -> float:

@@ -9,7 +9,7 @@ Shapes: B batch, S cache slots, C chunk, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.cache import init_cache
+from model.cache import Cache, init_cache
 from model.config import TransformerConfig
 from model.transformer import Transformer, features, head
+
+MakeCache = Callable[[TransformerConfig, int, int], Cache]
+"""`(config, batch, slots) -> an empty cache`."""
 
 CHUNK = 32  # prompt tokens per pass: products are near full speed on CPU, padding stays small
 
@@ -112,11 +115,12 @@ def generate(
     sampling: Sampling = Sampling(),
     stop_tokens: Sequence[int] = (),
     slots: int | None = None,
+    cache: MakeCache = init_cache,
 ) -> Generation:
     """Continues each prompt by up to `max_new_tokens` tokens, or up to and with a stop token.
 
-    Compiled once for each (model, batch size, slots, sampling, number of stop tokens): prompt
-    lengths and `max_new_tokens` may vary freely.
+    Compiled once for each (model, batch size, slots, cache, sampling, number of stop tokens):
+    prompt lengths and `max_new_tokens` may vary freely.
 
     Args:
       model: the Transformer.
@@ -127,6 +131,7 @@ def generate(
       sampling: how tokens are drawn.
       stop_tokens: ids that end a row.
       slots: size of the cache, `config.max_length` by default.
+      cache: makes the empty cache; one in 8 bits is `compress.kv_cache.int8_cache`.
 
     Raises:
       ValueError: if a prompt is empty, holds an id outside the vocabulary, or leaves no room for
@@ -164,6 +169,7 @@ def generate(
         model,
         sampling,
         slots,
+        cache,
         params,
         jnp.asarray(buffer),
         jnp.asarray(lengths, jnp.int32),
@@ -174,16 +180,59 @@ def generate(
     return Generation(tokens[:, :slots], ends, jnp.asarray(lengths, jnp.int32))
 
 
+def continue_rows(
+    model: Transformer,
+    params: Any,
+    prompts_BP: jax.Array,
+    *,
+    key: jax.Array,
+    length: int,
+    sampling: Sampling = Sampling(),
+    cache: MakeCache = init_cache,
+) -> jax.Array:
+    """Like `generate` for prompts of one length, without stop tokens; traceable.
+
+    Args:
+      model: the Transformer.
+      params: its parameters.
+      prompts_BP: int32 ids, P at least 1 and below `length`.
+      key: of the draws.
+      length: tokens of a row in the end.
+      sampling: how tokens are drawn.
+      cache: see `generate`.
+
+    Returns:
+      int32 [B, length], the prompts and what follows.
+
+    >>> from model.presets import gpt2_tiny
+    >>> model = Transformer(gpt2_tiny())
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> prompts = jnp.array([[1, 2], [3, 4]])
+    >>> continue_rows(model, params, prompts, key=jax.random.key(1), length=5)[:, :2].tolist()
+    [[1, 2], [3, 4]]
+    """
+    B, P = prompts_BP.shape
+    chunk = _chunk(model.config)
+    padded = -(-length // chunk) * chunk
+    buffer_BS = jnp.pad(prompts_BP.astype(jnp.int32), ((0, 0), (0, padded - P)))
+    lengths_B = jnp.full((B,), P, jnp.int32)
+    none = jnp.zeros((0,), jnp.int32)
+    more = jnp.int32(length - P)
+    arguments = (params, buffer_BS, lengths_B, more, none, key)
+    return _generate(model, sampling, length, cache, *arguments)[0][:, :length]
+
+
 def _chunk(config: TransformerConfig) -> int:
     """Prompt tokens per pass: no more than there are learned positions."""
     return min(CHUNK, config.max_length) if config.positions == "learned" else CHUNK
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
     model: Transformer,
     sampling: Sampling,
     slots: int,
+    make_cache: MakeCache,
     params: Any,
     tokens_BS: jax.Array,
     lengths_B: jax.Array,
@@ -234,7 +283,7 @@ def _generate(
         return tokens_BS, cache, final_BD, ends_B, live_B, step + 1
 
     config = model.config
-    cache = init_cache(config, B, slots)
+    cache = make_cache(config, B, slots)
     final_BD = jnp.zeros((B, config.width), jnp.dtype(config.dtype))
     _, cache, final_BD = jax.lax.while_loop(
         lambda carry: carry[0] < lengths_B.max(), read_chunk, (jnp.int32(0), cache, final_BD)

@@ -23,6 +23,8 @@ from model.linear import at_least_float32, linear, take, weight
 from model.positions import rotation
 
 CAPTURES = ("hidden", "attention")
+Stage = Callable[[Any, Any], Any]
+"""`(layers, rows) -> rows`: some layers of the stack (leaves [L', ...]), run on some rows."""
 
 
 class Features(NamedTuple):
@@ -51,6 +53,8 @@ class Transformer(nn.Module):
       constrain: `(array, logical axis names) -> array`, applied to the stream after the embedding
         and after each block, and to what lies between the products of a block; a mesh lays out
         activations through it.
+      pipeline: how the stack is run, or None for layer after layer: gets the function that runs
+        some layers on some rows, and returns the one that runs all layers on all rows.
 
     >>> from model.presets import gpt2_tiny
     >>> model = Transformer(gpt2_tiny())
@@ -65,6 +69,7 @@ class Transformer(nn.Module):
     config: TransformerConfig
     attention: Attention = dot_product_attention
     constrain: Constrain = no_constraint
+    pipeline: Callable[[Stage], Stage] | None = None
 
     def setup(self):
         c = self.config
@@ -112,23 +117,22 @@ class Transformer(nn.Module):
 
         Raises:
           ValueError: if the row is longer than the learned positions, a name in `capture` is
-            unknown, or segments are given together with a cache.
+            unknown, segments are given together with a cache, or a pipeline is asked for a cache or
+            captures.
         """
         c = self.config
         B, T = tokens_BT.shape
         self._check(T, segments_BT, cache, capture)
         first_B = None if cache is None else cache["length"]
+        counted = positions_BT is not None or cache is not None  # else from 0, the same in all rows
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None]
             if first_B is not None:
                 positions_BT = positions_BT + first_B[:, None]
         dtype = jnp.dtype(c.dtype)
         x_BTD = take(self.token_embedding(), tokens_BT, dtype)
-        turn = None
         if c.positions == "learned":
             x_BTD = x_BTD + take(self.position_embedding(), positions_BT, dtype)
-        else:
-            turn = rotation(positions_BT, c.head_width_, c.rotary_base)
         drops = c.dropout and self.has_rng("dropout")
         x_BTD = self.dropout(x_BTD, deterministic=not drops)
         x_BTD = self.constrain(x_BTD, ("batch", "time", "width"))
@@ -142,24 +146,46 @@ class Transformer(nn.Module):
             "cache": None if cache is None else {"k": cache["k"], "v": cache["v"]},
         }
 
-        def body(x_BTD: jax.Array, layer: dict[str, Any]):
-            window: Any = c.window if layer["window"] is None else layer["window"]
-            rngs = {} if layer["key"] is None else {"dropout": layer["key"]}
-            args = (x_BTD, Visibility(first_B, segments_BT, window), turn, layer["cache"])
-            y_BTD, out = cast(
-                tuple[jax.Array, BlockOutput],
-                block.apply({"params": layer["params"]}, *args, rngs=rngs),
-            )
-            y_BTD = self.constrain(y_BTD, ("batch", "time", "width"))
-            saved = {
-                "cache": out.cache,
-                "hidden": x_BTD if "hidden" in capture else None,
-                "attention": out.captured if "attention" in capture else None,
-            }
-            return y_BTD, saved
+        def run(layers: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
+            turn = None
+            if c.positions == "rotary":
+                places_BT = rows.get("positions", jnp.arange(T)[None])
+                turn = rotation(places_BT, c.head_width_, c.rotary_base)
 
-        run = _scan if c.scan_layers else _loop
-        y_BTD, saved = run(_remat(body, c), x_BTD, layers)
+            def body(x_BTD: jax.Array, layer: dict[str, Any]):
+                window: Any = c.window if layer["window"] is None else layer["window"]
+                rngs = {} if layer["key"] is None else {"dropout": layer["key"]}
+                visibility = Visibility(first_B, rows.get("segments"), window)
+                y_BTD, out = cast(
+                    tuple[jax.Array, BlockOutput],
+                    block.apply(
+                        {"params": layer["params"]},
+                        *(x_BTD, visibility, turn, layer["cache"]),
+                        rngs=rngs,
+                    ),
+                )
+                y_BTD = self.constrain(y_BTD, ("batch", "time", "width"))
+                saved = {
+                    "cache": out.cache,
+                    "hidden": x_BTD if "hidden" in capture else None,
+                    "attention": out.captured if "attention" in capture else None,
+                }
+                return y_BTD, saved
+
+            over_layers = _scan if c.scan_layers else _loop
+            return over_layers(_remat(body, c), rows["stream"], layers)
+
+        # What blocks need of each row goes with it.
+        rows = {"stream": x_BTD}
+        if counted and c.positions == "rotary":
+            rows["positions"] = jnp.broadcast_to(positions_BT, (B, T))
+        if segments_BT is not None:
+            rows["segments"] = segments_BT
+        if self.pipeline is None:
+            y_BTD, saved = run(layers, rows)
+        else:
+            stage = self.pipeline(lambda layers, rows: {**rows, "stream": run(layers, rows)[0]})
+            y_BTD, saved = stage(layers, rows)["stream"], dict.fromkeys(("hidden", "attention"))
         hidden = saved["hidden"]
         if hidden is not None:
             hidden = jnp.concatenate([hidden, y_BTD[None]])
@@ -189,6 +215,12 @@ class Transformer(nn.Module):
             raise ValueError(f"cannot capture {unknown}; choose from {', '.join(CAPTURES)}")
         if cache is not None and segments_BT is not None:
             raise ValueError("segments and a cache do not go together: decode one document a row")
+        if self.pipeline is not None and (cache is not None or capture):
+            what = "a cache" if cache is not None else " and ".join(capture)
+            raise ValueError(
+                f"{what} was asked for of a model whose layers run as a pipeline, which passes on "
+                "the stream alone; run it without one"
+            )
 
 
 def features(

@@ -52,7 +52,12 @@ def whole(loss: Loss, params: PyTree, batch: PyTree, context: Any) -> tuple[PyTr
     return grads, metrics
 
 
-def per_worker(reduce: Reduce, local: LocalGradient = whole, name: str = "per_worker") -> PerWorker:
+def per_worker(
+    reduce: Reduce,
+    local: LocalGradient = whole,
+    name: str = "per_worker",
+    workers: int | None = None,
+) -> PerWorker:
     """Returns the gradient function that hands every worker's gradient to the reduce.
 
     The workers are the places along `reduce.axis` of the mesh of `jax.set_mesh`; the other axes
@@ -65,10 +70,11 @@ def per_worker(reduce: Reduce, local: LocalGradient = whole, name: str = "per_wo
       local: the gradient function that each worker runs, `train.plugs.whole` or one that
         accumulates over micro-batches: so there is one exchange a step, however many of those.
       name: its key in `State.extra`.
+      workers: W, for the carry to be made where there is no mesh; by default the mesh says.
 
     Raises:
-      ValueError: when called, if the mesh has no such axis, the rows do not divide, or the context
-        has no key.
+      ValueError: when called, if the mesh has no such axis or not W places on it, the rows do not
+        divide, or the context has no key.
 
     >>> from parallel.reduce import all_reduce
     >>> mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
@@ -87,17 +93,21 @@ def per_worker(reduce: Reduce, local: LocalGradient = whole, name: str = "per_wo
     axis = reduce.axis
 
     def init(params: PyTree, frozen: PyTree) -> Carry:
-        workers = _workers(axis)
-        carry = reduce.init(params, workers)
-        copies = jax.tree.map(
-            lambda a: jnp.broadcast_to(a[None], (workers, *a.shape)), carry.worker
-        )
+        number = _workers(axis) if workers is None else workers
+        carry = reduce.init(params, number)
+        copies = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (number, *a.shape)), carry.worker)
         return carry._replace(worker=copies)
 
     def apply(
         loss: Loss, params: PyTree, batch: PyTree, context: Any, carry: Carry
     ) -> tuple[PyTree, PyTree, Carry]:
-        _check_rows(batch, _workers(axis), axis)
+        here = _workers(axis)
+        if workers not in (None, here):
+            raise ValueError(
+                f"made for {workers} workers, and the mesh has {here} places along {axis!r}; make "
+                "the mesh that large, or redistribute what the workers carry"
+            )
+        _check_rows(batch, here, axis)
         if context.rng is None:
             raise ValueError(
                 "per_worker draws from context.rng, which is None; give the step's key"

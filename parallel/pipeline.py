@@ -137,7 +137,8 @@ def pipeline(
     def apply(params: PyTree, x: PyTree) -> PyTree:
         n = _check(params, x, micro_batches, rounds, axis)
         staged = jax.tree.map(lambda a: a.reshape(rounds, n, -1, *a.shape[1:]), params)
-        parts = jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), x)
+        # Rows in turn, so that where they lie over devices every micro-batch has some of each.
+        parts = jax.tree.map(lambda a: a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1), x)
         # check_vma=False: it would refuse any scan in the stage that starts from plain zeros.
         # Derivatives are taken from outside, where they are right all the same.
         sharded = jax.shard_map(
@@ -148,7 +149,7 @@ def pipeline(
             check_vma=False,
         )
         done = jax.tree.map(lambda a: a[-1], sharded(staged, parts))  # the last device's
-        return jax.tree.map(lambda a, like: a.reshape(like.shape), done, x)
+        return jax.tree.map(lambda a, like: a.swapaxes(0, 1).reshape(like.shape), done, x)
 
     return apply
 

@@ -44,6 +44,8 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 # gathered over `fsdp` is exactly what a device of `tensor` works with.
 _INNERMOST_FIRST = AXES[::-1]
 
+_NO_RULE = object()  # of the user's own
+
 
 def param_specs(params: PyTree, strategies: Sequence[Strategy] = (), rules: Rules = ()) -> PyTree:
     """Returns the `PartitionSpec` of each parameter.
@@ -160,11 +162,19 @@ def batch_shardings(mesh: Mesh, batch: dict[str, Any]) -> dict[str, NamedShardin
     }
 
 
-def place_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
+def place_batch(
+    mesh: Mesh, batch: dict[str, Any], first: int = 0, rows: int | None = None
+) -> dict[str, jax.Array]:
     """Returns the batch as global arrays on the mesh.
 
-    Every process gives the same global batch, of which its own devices take their parts; no
-    process speaks to another.
+    Every process gives the global batch, or those rows of it that its own devices hold
+    (`parallel.agreement.local_rows`); no process speaks to another.
+
+    Args:
+      mesh: from `make_mesh`.
+      batch: arrays of [rows, ...].
+      first: number of the first of these rows in the global batch.
+      rows: of the global batch; by default those that are given.
 
     >>> import numpy as np
     >>> from parallel.mesh import make_mesh
@@ -173,10 +183,17 @@ def place_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     (2, 4)
     """
     shardings = batch_shardings(mesh, batch)
-    return {
-        name: jax.make_array_from_callback(array.shape, shardings[name], array.__getitem__)
-        for name, array in batch.items()
-    }
+
+    def put(name: str, array: Any) -> jax.Array:
+        shape = (array.shape[0] if rows is None else rows, *array.shape[1:])
+
+        def part(index: Any) -> Any:
+            start, stop, _ = index[0].indices(shape[0])
+            return array[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, shardings[name], part)
+
+    return {name: put(name, array) for name, array in batch.items()}
 
 
 def constrain(
@@ -226,18 +243,16 @@ def _specs(params: PyTree, by_strategy: Sequence[Rules], rules: Rules) -> PyTree
                 "move it before them, or leave it out"
             )
     trees = [match(r, params, default=P()) for r in by_strategy]
-    own = match(rules, params, default=None)
-    columns = [
-        jax.tree.leaves(tree, is_leaf=lambda x: x is None or isinstance(x, P))
-        for tree in (own, *trees)
-    ]
+    # Not None, which is an empty node of a tree: a quantized matrix without offsets holds one.
+    own = match(rules, params, default=_NO_RULE)
+    columns = [jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, P)) for tree in (own, *trees)]
     merged = []
     leaves = jax.tree.leaves(params)
     for path, leaf, (mine, *specs) in zip(
         leaf_paths(params), leaves, zip(*columns, strict=True), strict=True
     ):
         parts: Parts = ((),) * len(leaf.shape)
-        for spec in specs if mine is None else [mine]:
+        for spec in specs if mine is _NO_RULE else [mine]:
             if unknown := [n for part in _parts(spec, len(spec)) for n in part if n not in AXES]:
                 raise ValueError(
                     f"the layout {spec} of {path!r} names a mesh axis {unknown[0]!r}; the axes are "
@@ -249,7 +264,7 @@ def _specs(params: PyTree, by_strategy: Sequence[Rules], rules: Rules) -> PyTree
                     f"has {len(spec)} axes"
                 )
             parts = tuple(map(_union, parts, _parts(spec, len(leaf.shape))))
-        if mine is None:
+        if mine is _NO_RULE:
             parts = tuple(tuple(sorted(part, key=_INNERMOST_FIRST.index)) for part in parts)
         names = [name for part in parts for name in part]
         if twice := sorted({name for name in names if names.count(name) > 1}):

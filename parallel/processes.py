@@ -1,30 +1,31 @@
-"""Several processes: finding each other, and what each of them owns.
+"""Several processes: finding each other, and leaving when one of them cannot go on.
 
 Every process runs the same program (JAX's multi-controller runtime) and sees all devices; `connect`
-comes before anything that touches a device. Launchers that JAX knows need no flags.
+comes before anything that touches a device. Launchers that JAX knows need no flags. What the
+processes then agree on is in `parallel/agreement.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-
-from parallel.mesh import BATCH_AXES
 
 # Launcher -> environment variables that it sets for each of several processes.
 LAUNCHERS: dict[str, tuple[str, ...]] = {
-    "Slurm": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"),
+    "Slurm": (
+        "SLURM_JOB_ID",
+        "SLURM_STEP_NODELIST",
+        "SLURM_NTASKS",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+    ),
     "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
     "Kubernetes": ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
     "TPU pod": ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"),
@@ -41,7 +42,8 @@ def connect(
     """Joins the processes of this run, if there are several; returns whether it did.
 
     With the three flags, or under a launcher of `LAUNCHERS`; a program that was simply started
-    stays alone. `coordinator="auto"` leaves everything to JAX, for a launcher that is not there.
+    stays alone. `coordinator="auto"` leaves everything to JAX, for a cluster that shows itself by
+    no environment variable.
 
     Args:
       coordinator: `HOST:PORT` of process 0, the same for all, free on that machine.
@@ -57,19 +59,21 @@ def connect(
     >>> connect()
     False
     """
-    if coordinator == "auto":
-        jax.distributed.initialize(initialization_timeout=int(timeout))
-        return True
     flags = {
         "--coordinator": coordinator,
         "--num-processes": num_processes,
         "--process-id": process_id,
     }
+    if timeout <= 0:
+        raise ValueError(f"a time limit of {timeout:g} s; give some seconds, 300 say")
     missing = [name for name, value in flags.items() if value is None]
-    if len(missing) == len(flags):
-        if launcher(os.environ) is None:
+    if len(missing) == len(flags) or coordinator == "auto":
+        if coordinator == "auto" and len(missing) < 2:
+            raise ValueError("--coordinator auto finds all by itself: leave the other flags out")
+        found = launcher(os.environ)
+        if found is None and coordinator is None:
             return False
-        jax.distributed.initialize(initialization_timeout=int(timeout))
+        _initialize(f"{found or 'this launcher'}'s processes", timeout, {})
         return True
     if missing:
         given = [name for name in flags if name not in missing]
@@ -89,23 +93,58 @@ def connect(
     end = time.monotonic() + timeout
     if process_id:
         _wait_for(host, port, process_id, timeout)
+    where = {
+        "coordinator_address": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    _initialize(f"all {num_processes} processes at {coordinator}", end - time.monotonic(), where)
+    return True
+
+
+def leave(code: int, patience: float = 5.0) -> NoReturn:
+    """Ends this process for good, after an error that the others may not have met.
+
+    Leaving in order waits for all others, and they may be waiting for this one in a collective.
+    So it waits for `patience` seconds, enough where all leave at once; then the connection is
+    broken off, which ends the others.
+
+    Args:
+      code: exit status.
+      patience: seconds.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized():
+        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        shutdown.start()
+        shutdown.join(patience)
+        os._exit(code)
+    sys.exit(code)
+
+
+def _initialize(whom: str, left: float, where: dict[str, Any]) -> None:
+    """Joins the others, or says whom it waited for before XLA ends the process at `left` seconds.
+
+    JAX would catch SIGTERM for itself, in C++, where Python's handlers do not see it; the loop has
+    its own way to agree on when to stop (`train.stop`).
+    """
+    jax.config.update("jax_enable_preemption_service", False)
     # XLA ends the whole process when the time is over, so that nothing can be raised here: the
     # reason has to be said before.
-    left = max(1, round(end - time.monotonic()))
+    left = max(1, round(left))
+    me = f"process {where['process_id']}" if where else "this process"
     reason = (
-        f"process {process_id} waited {timeout:g} s for all {num_processes} processes at "
-        f"{coordinator}; are all of them started, with the same --num-processes?"
+        f"{me} waited {left} s for {whom}; are all of them started, and with the same number of "
+        "processes?"
     )
     watch = threading.Timer(left, lambda: print(reason, file=sys.stderr, flush=True))
     watch.daemon = True
     watch.start()
     try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=left + 1
-        )
+        jax.distributed.initialize(initialization_timeout=left + 1, **where)
     finally:
         watch.cancel()
-    return True
 
 
 def launcher(environment: Mapping[str, str]) -> str | None:
@@ -121,48 +160,6 @@ def launcher(environment: Mapping[str, str]) -> str | None:
         if not alone and "," in environment.get("TPU_WORKER_HOSTNAMES", ","):
             return name
     return None
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes logs and records.
-
-    >>> is_main()
-    True
-    """
-    return jax.process_index() == 0
-
-
-def local_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Returns the rows of a global batch of which this process's devices need some part.
-
-    >>> from parallel.mesh import make_mesh
-    >>> local_rows(make_mesh(devices=jax.devices()[:1]), 3)
-    [0, 1, 2]
-    """
-    parts = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((rows,))
-    return sorted({row for part in parts.values() if part for row in range(rows)[part[0]]})
-
-
-def check_same(text: str, what: str) -> None:
-    """Checks that all processes have the same text; every process must call it.
-
-    Args:
-      text: settings as JSON, say.
-      what: for the message.
-
-    Raises:
-      ValueError (on every process): the text of some process differs from that of process 0.
-
-    >>> check_same("{}", "settings")
-    """
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    digests = np.atleast_2d(multihost_utils.process_allgather(digest))
-    different = [i for i, row in enumerate(digests) if (row != digests[0]).any()]
-    if different:
-        raise ValueError(
-            f"the {what} of process {', '.join(map(str, different))} of {len(digests)} differ from "
-            "those of process 0; start all processes with the same command"
-        )
 
 
 def _address(coordinator: str) -> tuple[str, int]:

@@ -4,9 +4,13 @@
     print(table(collectives(text, mesh)))
 
 The text is the program of one device, after the compiler has put the collectives in. What stands in
-the body of a loop counts as often as the loop runs, which the compiler writes beside it. Bytes are
-those of the whole array that one group of devices speaks of: the gathered array, the array that is
-summed, the array that is redistributed.
+the body of a loop counts as often as the loop runs, which the compiler writes beside it or which
+stands in its condition (the counter of a scan runs from 0 to below a constant). Bytes are those of
+the whole array that one group of devices speaks of: the gathered array, the array that is summed,
+the array that is redistributed.
+
+The compiler for TPUs writes a reduce-scatter as an all-reduce inside a fusion of that name; it is
+counted as what it is.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ class Collective(NamedTuple):
       size: devices in a group.
       exact: whether all loops around it say how often they run.
       source: where it comes from in the traced program.
+      parts: bytes of each array that it speaks of at once: compilers join collectives into one.
     """
 
     kind: str
@@ -42,6 +47,7 @@ class Collective(NamedTuple):
     size: int
     exact: bool
     source: str
+    parts: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -75,14 +81,19 @@ _INSTRUCTION = re.compile(
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|[%\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHAIN = re.compile(r"channel_id=(\d+).*chain_id=\"(\d+)\"")
+_CONSTANT = re.compile(r"%?(?P<name>[\w.\-]+) = s32\[\]\S* constant\((?P<value>\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(.*?%?(?P<right>[\w.\-]+)\), direction=LT")
 
 
-def collectives(text: str, mesh: Mesh) -> list[Collective]:
+def collectives(text: str, mesh: Mesh, *, scatters: bool = False) -> list[Collective]:
     """Returns the collectives of a compiled program, in the order of the text.
 
     Args:
       text: `compiled.as_text()`, of XLA for any backend; asynchronous pairs count once.
       mesh: the devices that it was compiled for, in the mesh's order.
+      scatters: count an all-reduce of which each device only takes a part as a reduce-scatter, as
+        XLA for GPUs does with a program that was divided but not compiled further.
 
     Raises:
       ValueError: a form of replica groups that this function does not know.
@@ -95,17 +106,26 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """
     lines_of, entry = _computations(text)
     found: list[Collective] = []
+    chains: set[tuple[str, str]] = set()
 
     def visit(name: str, times: int, exact: bool) -> None:
         for line in lines_of.get(name, ()):
-            if match := _INSTRUCTION.match(line):
-                found.append(_collective(line, match, times, exact, mesh))
+            match = _INSTRUCTION.match(line)
+            if match and (chain := _CHAIN.search(line)):
+                # One gather is written in each of the fusions that it runs beside.
+                match = None if (key := (chain[1], chain[2])) in chains else match
+                chains.add(key)
+            if match:
+                made = _collective(line, match, times, exact, mesh, name)
+                if scatters and made.kind == "all-reduce" and _is_cut(line, lines_of[name]):
+                    made = made._replace(kind="reduce-scatter")
+                found.append(made)
             if "=" not in line:
                 continue
             trips, known = 1, True
             if " while(" in line:
-                written = _TRIPS.search(line)
-                trips, known = (int(written[1]), True) if written else (1, False)
+                number = _trips(line, lines_of)
+                trips, known = (1, False) if number is None else (number, True)
             for called in _called(line):
                 visit(called, times * trips, exact and known)
 
@@ -131,15 +151,15 @@ def table(found: Sequence[Collective]) -> str:
     """Returns the collectives of a step as lines of text, by kind and axis.
 
     >>> print(table([Collective("all-reduce", 2, 1000, ("data",), 8, True, "")]))
-    collective          over          count         bytes     sent by each device
-    all-reduce          data              2         2,000                   3,500
+    collective          over          count               bytes     sent by each device
+    all-reduce          data              2               2,000                   3,500
     """
-    lines = [f"{'collective':<20}{'over':<12}{'count':>7}{'bytes':>14}{'sent by each device':>24}"]
+    lines = [f"{'collective':<20}{'over':<12}{'count':>7}{'bytes':>20}{'sent by each device':>24}"]
     for (kind, axes), (count, total) in sorted(by_kind(found).items()):
         same = [each for each in found if (each.kind, each.axes) == (kind, axes)]
         sent, unsure = sum(each.sent for each in same), not all(each.exact for each in same)
         lines.append(
-            f"{kind:<20}{'+'.join(axes) or '-':<12}{count:>7,}{total:>14,}{sent:>24,.0f}"
+            f"{kind:<20}{'+'.join(axes) or '-':<12}{count:>7,}{total:>20,}{sent:>24,.0f}"
             + ("  (a loop of unknown length counted once)" if unsure else "")
         )
     return "\n".join(lines)
@@ -159,12 +179,34 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return lines_of, entry
 
 
+def _is_cut(line: str, lines: Sequence[str]) -> bool:
+    """Whether the one thing that is done with a result is to take a part of it."""
+    name = re.escape(line.split(" = ")[0].replace("ROOT", "").strip())
+    users = [each for each in lines if re.search(rf"[(, ]{name}[,)]", each.partition(" = ")[2])]
+    return len(users) == 1 and " dynamic-slice(" in users[0]
+
+
+def _trips(line: str, lines_of: dict[str, list[str]]) -> int | None:
+    """How often a loop runs, or None if the program does not say."""
+    if written := _TRIPS.search(line):
+        return int(written[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = lines_of.get(condition[1], []) if condition else []
+    constants = {m["name"]: int(m["value"]) for each in lines if (m := _CONSTANT.search(each))}
+    for each in lines:
+        if below := _BELOW.search(each):
+            return constants.get(below["right"])
+    return None
+
+
 def _called(line: str) -> Iterator[str]:
     for group in _CALLED.findall(line):
         yield from (name.strip().lstrip("%") for name in group.strip("{}").split(","))
 
 
-def _collective(line: str, match: re.Match, times: int, exact: bool, mesh: Mesh) -> Collective:
+def _collective(
+    line: str, match: re.Match, times: int, exact: bool, mesh: Mesh, computation: str
+) -> Collective:
     kind = match["kind"]
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
@@ -173,25 +215,28 @@ def _collective(line: str, match: re.Match, times: int, exact: bool, mesh: Mesh)
     else:
         groups = _groups(line, mesh.devices.size)
     size = max((len(group) for group in groups), default=1)
-    number = _bytes(match["type"])
+    parts = [_bits(*each) // 8 for each in _TYPE.findall(match["type"])]
     if match["start"] and kind in ("all-gather", "collective-permute"):
-        # An asynchronous start gives its operand beside its result.
-        number = number * size // (size + 1) if kind == "all-gather" else number // 2
+        # An asynchronous start gives its operands beside its results.
+        parts = parts[len(parts) // 2 :] if kind == "all-gather" else parts[1:2]
     if kind == "reduce-scatter":
-        number *= size
-    source = re.search(r'op_name="([^"]*)"', line)
+        parts = [size * part for part in parts]
+    if kind == "all-to-all":  # one array for each device of the group, in some forms
+        parts = [sum(parts)]
     axes = _axes(groups, mesh)
     if kind == "collective-permute":
         size = math.prod(mesh.shape[name] for name in axes)
-    return Collective(kind, times, number, axes, size, exact, source[1] if source else "")
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    source = re.search(r'op_name="([^"]*)"', line)
+    return Collective(
+        kind, times, sum(parts), axes, size, exact, source[1] if source else "", tuple(parts)
+    )
 
 
-def _bytes(type_text: str) -> int:
-    bits = 0
-    for name, dims in _TYPE.findall(type_text):
-        width = 8 if name.startswith("f8") else _BITS.get(name) or int(re.sub(r"\D", "", name))
-        bits += width * math.prod(int(n) for n in dims.split(",") if n)
-    return bits // 8
+def _bits(name: str, dims: str) -> int:
+    width = 8 if name.startswith("f8") else _BITS.get(name) or int(re.sub(r"\D", "", name))
+    return width * math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _groups(line: str, devices: int) -> list[list[int]]:

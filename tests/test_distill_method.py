@@ -14,7 +14,8 @@ from compress.distill import forward_kl, jensen_shannon
 from compress.distill_features import hidden_cosine
 from compress.distill_maps import attention_kl, relation_kl
 from experiments.cli import parse_with_methods
-from experiments.distill_method import Distil, Teacher
+from experiments.distill_method import Distil
+from experiments.distill_teacher import Teacher
 from experiments.distill_terms import over_run
 from experiments.execute import Execution, execute
 from experiments.methods import METHODS, resolve
@@ -376,3 +377,33 @@ def test_weight_transforms_change_the_student_alone():
     from_uniform = jnp.log(64.0) + (p * jnp.log(p)).sum(axis=-1)
     expected = 4 * (from_uniform * batch["weights"]).sum() / batch["weights"].sum()  # T^2 = 4
     assert metrics["distil_logits"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_learned_projection_trains_and_stays_out_of_what_is_opened(tmp_path):
+    """Its gradient is that of the loss by hand; a run with it opens as a plain model."""
+    method = dataclasses.replace(EVERYTHING, hidden_loss="mse", projection="learned")
+    plugs = method.build(Setup(STUDENT, abstract_params(STUDENT), 5))
+    assert "distil_projection" not in plugs.frozen
+    params, fixed = plugs.split(params_of(STUDENT, 0))
+    assert fixed == {}
+    assert params["distil_projection"]["projection"].shape == (STUDENT.width, TEACHER.width)
+    terms = [t for t in plugs.terms((cross_entropy(),)) if t.name == "distil_hidden"]
+    frozen, batch = {"teacher": params_of(TEACHER, 1)}, batch_of()
+    context = context_of(terms, batch, frozen, 2)._replace(rng=jax.random.key(0))
+    loss = loss_function(Transformer(STUDENT), terms, plugs.transforms, chunk=None)
+    compiled = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, context)[0]))
+    _, grad = compiled(params)
+    apart = grad["distil_projection"]["projection"]
+    size = float(jnp.linalg.norm(apart))
+
+    def at(length):
+        kernel = params["distil_projection"]["projection"] + length * apart / size
+        return float(compiled({**params, "distil_projection": {"projection": kernel}})[0])
+
+    # Exact for a square, whatever the length of the step.
+    assert (at(0.1) - at(-0.1)) / 0.2 == pytest.approx(size, rel=1e-2)
+    (transform,) = plugs.transforms
+    opened = transform.apply(params, context._replace(rng=None))
+    assert "distil_projection" not in opened
+    with pytest.raises(ValueError, match="hidden term alone"):
+        dataclasses.replace(EVERYTHING, hidden=(0.0,), projection="learned")

@@ -182,6 +182,15 @@ def test_the_vocabulary_is_written(tmp_path):
         write_gguf(tmp_path / "b.gguf", gpt2_tiny(), drawn(gpt2_tiny()), short)
 
 
+@pytest.mark.parametrize("preset", [gpt2_tiny, llama_tiny])
+def test_without_a_vocabulary_the_file_says_so(tmp_path, preset):
+    """llama.cpp loads no file that names neither a tokenizer nor "no_vocab" and how many tokens."""
+    write_gguf(tmp_path / "a.gguf", preset(), drawn(preset()))
+    fields = fields_of(tmp_path / "a.gguf")[0]
+    assert fields["tokenizer.ggml.model"] == "no_vocab"
+    assert fields[f"{fields['general.architecture']}.vocab_size"] == 64
+
+
 def test_a_file_that_differs_is_found(tmp_path):
     config, params = gpt2_tiny(), drawn(gpt2_tiny())
     write_gguf(tmp_path / "a.gguf", config, params)

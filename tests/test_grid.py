@@ -59,7 +59,7 @@ def executor(monkeypatch):
 
 def test_a_cell_lies_under_the_hash_of_its_settings(tmp_path, executor):
     (cell,) = cells_of(0)
-    assert cell.key == fingerprint(cell.settings, dataclasses.asdict(cell.loop))
+    assert cell.key == fingerprint(cell.settings, cell.loop)
     run_cells([cell], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [cell.key]
     same = Cell("another name", dataclasses.replace(SETTINGS, seed=0))

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from model.rules import leaf_paths
-from train.muon import Muon
 from train.optimizers import build
+from train.optimizers.muon import Muon
 from train.schedules import Constant, Linear
 
 STEPS = 10
@@ -199,9 +199,9 @@ def test_axes_before_the_last_two_are_matrices_of_their_own(bare):
     )
 
 
-def test_muon_rules_move_parameters_between_the_parts(params, bare):
+def test_matrix_rules_move_parameters_between_the_parts(params, bare):
     rules = (("mlp/up/kernel", False), ("blocks/.*/kernel|head", True))
-    updates, _ = updates_of(dataclasses.replace(bare, muon_rules=rules), params)
+    updates, _ = updates_of(dataclasses.replace(bare, matrix_rules=rules), params)
     head = singular_values(updates["head"]["kernel"]) / (11 / 8) ** 0.5
     assert 0.5 < head.min() < head.max() < 1.3
     assert singular_values(updates["blocks"]["mlp"]["up"]["kernel"]).max() > 3.0
@@ -218,13 +218,13 @@ def test_muon_rules_move_parameters_between_the_parts(params, bare):
 )
 def test_rules_that_cannot_hold_are_refused(params, rules, says):
     with pytest.raises(ValueError, match=says):
-        build(Muon(muon_rules=rules), Constant(), STEPS, params)
+        build(Muon(matrix_rules=rules), Constant(), STEPS, params)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"newton_schulz_coefficients": "muon"}, "standard, dion"),
+        ({"newton_schulz_coefficients": "muon"}, "standard, dion, polar_express"),
         ({"newton_schulz_coefficients": "dion", "newton_schulz_steps": 6}, "between 1 and 5"),
         ({"newton_schulz_steps": 0}, "newton_schulz_steps"),
         ({"preconditioning": "none"}, "frobenius, spectral"),

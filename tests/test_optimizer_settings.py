@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train.optimizer_settings import DecayingSettings, OptimizerSettings, decay_mask
+from train.optimizers.settings import DecayingSettings, OptimizerSettings, decay_mask
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from train.optimizers import (
     Adafactor,
     Adam,
     AdamW,
-    _scaled,
     build,
     learning_rate_at,
     optimizer_named,
 )
+from train.optimizers.from_optax import FROM_OPTAX
+from train.optimizers.table import RATE_GRIDS, _scaled, at_rate
 from train.schedules import Constant, Cosine, Linear
 
 LAYERS, VOCABULARY, WIDTH, HIDDEN = 3, 7, 4, 6
@@ -87,11 +88,11 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", REFERENCES)
 def test_equals_optax_on_a_simple_tree(name):
     params = {"head": {"kernel": jnp.ones((130, 140)), "bias": jnp.ones((140,))}}
     mask = {"head": {"kernel": True, "bias": False}}
-    more = {"muon_rules": (("kernel", True),), "nesterov": False} if name == "muon" else {}
+    more = {"matrix_rules": (("kernel", True),), "nesterov": False} if name == "muon" else {}
     settings = dataclasses.replace(OPTIMIZERS[name](), learning_rate=0.02, **more)
     ours = build(settings, Constant(), STEPS, params)
     theirs = REFERENCES[name](mask)
@@ -270,3 +271,33 @@ def test_an_unknown_name_lists_the_names():
         optimizer_named("adamv")
     assert all(name in str(error.value) for name in OPTIMIZERS)
     assert optimizer_named("adamw") is AdamW
+
+
+def test_every_optimizer_has_a_grid_of_rates_around_its_own():
+    assert RATE_GRIDS.keys() == OPTIMIZERS.keys()
+    for name, rates in RATE_GRIDS.items():
+        assert len(rates) == 5
+        assert rates == tuple(sorted(set(rates)))
+        assert at_rate(name, rates[0]).learning_rate == rates[0]
+        assert rates[2] == pytest.approx(OPTIMIZERS[name]().learning_rate, rel=1e-2)
+
+
+@pytest.mark.variants(1)
+@pytest.mark.parametrize("name", ["lamb", "adan", "yogi", "ademamix", "madgrad", "sm3"])
+def test_settings_made_from_optax_give_what_optax_gives(name):
+    """On parameters without layers; with the decay, which kernels alone have."""
+    params = {"head": {"kernel": random_tree(0, jnp.ones((3, 4))), "bias": jnp.ones((4,))}}
+    kind = FROM_OPTAX[name]
+    decay = {"weight_decay": 0.2} if hasattr(kind, "weight_decay") else {}
+    more = {"mask": {"head": {"kernel": True, "bias": False}}} if decay else {}
+    function = getattr(optax, name, None) or getattr(optax.contrib, name)
+    theirs = function(0.05, **decay, **more)
+    ours = build(kind(learning_rate=0.05, **decay), Constant(), STEPS, params)
+    states = ours.init(params), theirs.init(params)
+    for step in range(3):
+        grads = random_tree(1 + step, params)
+        got, one = ours.update(grads, states[0], params)
+        expected, two = theirs.update(grads, states[1], params)
+        states = one, two
+    for path, update in by_path(got).items():
+        np.testing.assert_allclose(update, by_path(expected)[path], rtol=1e-5, err_msg=path)

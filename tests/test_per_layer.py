@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from train.per_layer import per_layer
+from train.optimizers.per_layer import per_layer
 
 LAYERS = 3
 

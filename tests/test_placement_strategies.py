@@ -160,6 +160,7 @@ def shardings_by_path(state, shardings):
     }
 
 
+@pytest.mark.variants(6)
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 def test_optimizer_state_follows_its_parameter(optimizer):
     mesh = make_mesh(fsdp=2, tensor=2)
@@ -177,7 +178,8 @@ def test_optimizer_state_follows_its_parameter(optimizer):
         else:
             assert spec == P(), path
     # params, the mask of `extra`, and at least one moment (factored ones have another shape).
-    assert min(followed.values()) >= 3
+    moments = 0 if optimizer in ("fromage", "polyak_sgd") else 1
+    assert min(followed.values()) >= 2 + moments
 
 
 def test_zero1_divides_moments_alone():

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from parallel.agreement import local_rows
 from parallel.mesh import make_mesh
-from parallel.processes import connect, launcher, local_rows
+from parallel.processes import connect, launcher
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,10 +24,11 @@ import optax
 
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
+from parallel.agreement import check_same, is_main, local_rows
 from parallel.mesh import make_mesh
 from parallel.placement import constrain, place_batch, state_shardings
 from parallel.placement_strategies import strategies_for
-from parallel.processes import check_same, connect, is_main, local_rows
+from parallel.processes import connect
 from train.losses import cross_entropy
 from train.step import init_state, make_train_step
 
@@ -158,6 +160,7 @@ def test_launchers():
         "SLURM_STEP_NODELIST": "node[1-2]",
         "SLURM_NTASKS": "2",
         "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
     }
     assert launcher(slurm) == "Slurm"
     assert launcher(slurm | {"SLURM_NTASKS": "1"}) is None  # an allocation with one task

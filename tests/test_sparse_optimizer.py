@@ -26,8 +26,8 @@ from compress.sparse_step import Pruning
 from model.presets import llama_tiny
 from model.transformer import Transformer
 from train.losses import cross_entropy
-from train.muon import Muon
 from train.optimizers import SGD, AdamW, build
+from train.optimizers.muon import Muon
 from train.schedules import Constant
 from train.step import init_state, make_train_step
 

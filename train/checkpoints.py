@@ -31,6 +31,7 @@ from urllib.parse import quote
 
 import jax
 
+from parallel.agreement import by_main, is_main, together, wait_until_seen
 from train.manifest import (
     DamagedError,
     lock,
@@ -101,8 +102,11 @@ class Checkpoints:
     """The checkpoints of one run, in one folder; use it as a context manager.
 
     Saves are one at a time and asynchronous; what goes wrong in the background is raised by the
-    next `save`, `wait` or `close`. One Python process per run: state spread over several processes
-    is not covered.
+    next `save`, `wait` or `close`.
+
+    Several processes write one folder, which all of them see, and call every method together in
+    the same order. Each writes its own shards; process 0 decides, holds the lock, vouches for the
+    whole, names it and lets old steps go. What goes wrong in one is raised in all.
 
     Args:
       folder: usually `RUN/checkpoints`.
@@ -137,12 +141,12 @@ class Checkpoints:
         self.folder, self.settings = Path(folder).absolute(), settings
         self._pending: concurrent.futures.Future[None] | None = None
         self._damaged: set[int] = set()
+        self._share: Callable[[Callable[[], None]], None] = together
         self._writable = mode == "write"
         self._open = contextlib.ExitStack()
         if mode == "write":
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._open.enter_context(lock(self.folder / "lock"))
-            recover(self.folder)
+            holder = by_main(self._claim)
+            together(lambda: wait_until_seen(self.folder / "lock", holder))
             # Entered here, not at the first save, which would wait for the import of Orbax.
             self._open.enter_context(quiet())
             self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -158,6 +162,8 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         try:
+            if error is not None:
+                self._share = _alone  # the others may be elsewhere
             self.close()
         except OSError as failure:
             if error is None:
@@ -190,12 +196,7 @@ class Checkpoints:
         self.wait()
         if not self._writable:
             raise ValueError(f"{self.folder} is closed or was opened for reading: nothing is saved")
-        later = [s for s in self._committed() if s > step and self._is_intact(s)]
-        if later:
-            raise ValueError(
-                f"cannot save step {step} in {self.folder}, which has steps {later}: go on from "
-                f"step {later[-1]}, or start a new run from the earlier step in another folder"
-            )
+        temporary = self._path(step, by_main(lambda: self._ending(step)))
         leaves = leaves_by_path(state, "state")
         content = {
             "step": step,
@@ -203,7 +204,6 @@ class Checkpoints:
             "info": json.loads(json.dumps(info, allow_nan=False)),
             "leaves": describe(leaves, "state"),
         }
-        temporary = self._path(step, f".writing-{attempt()}")
         with write_errors(f"checkpoint of step {step} in {self.folder}", temporary):
             finish = start_write(temporary, leaves)
         self._pending = self._pool.submit(self._commit, step, temporary, finish, content)
@@ -215,7 +215,7 @@ class Checkpoints:
         if self._pending is not None:
             concurrent.futures.wait([self._pending])  # Ctrl-C here loses nothing
             pending, self._pending = self._pending, None
-            pending.result()
+            self._share(pending.result)
 
     def close(self) -> None:
         """Wait, then let go of the lock. Closing twice is harmless."""
@@ -225,7 +225,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending. Their files are checked by `restore` only."""
-        return [step for step in self._committed() if (self._path(step) / "manifest.json").exists()]
+
+        def listed() -> list[int]:
+            there = self._committed()
+            return [step for step in there if (self._path(step) / "manifest.json").exists()]
+
+        return by_main(listed) if self._writable else listed()
 
     def best_step(self) -> int | None:
         """The step with the lowest validation loss (the newest of equals); None if none has one."""
@@ -245,13 +250,16 @@ class Checkpoints:
         except DamagedError as error:
             raise ValueError(f"checkpoint {self._path(step)} is damaged: {error}") from error
 
-    def restore(self, abstract_state: PyTree, step: int | None = None) -> Restored:
+    def restore(
+        self, abstract_state: PyTree | Callable[[dict], PyTree], step: int | None = None
+    ) -> Restored:
         """The newest intact state, every file checked against its sha256 before it is used.
 
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` (or arrays) of the same structure as what
             was saved. Leaves are placed by its shardings, whatever mesh they were saved from, or
-            on the default device where it has none.
+            on the default device where it has none. A function gives it for the `info` of the
+            step that is read.
           step: this one and no other; None takes the newest that is intact.
 
         Raises:
@@ -263,16 +271,25 @@ class Checkpoints:
         return self._restore(None, abstract_state, step)
 
     def restore_part(self, part: str, abstract: PyTree, step: int | None = None) -> Restored:
-        """`restore` for one top-level part of the state, such as "params"; reads no other part."""
+        """`restore` for one part of the state, such as "params"; reads no other part.
+
+        Below the top level the names are joined by "/", as in "extra/prune".
+        """
         return self._restore(part, abstract, step)
 
     def _restore(self, part: str | None, abstract: PyTree, step: int | None) -> Restored:
         self.wait()
-        prefix = "" if part is None else quote(part, "")
-        step, manifest, skipped = self._choose(step, part_folder(prefix) if prefix else None)
+        prefix = "" if part is None else "/".join(quote(name, "") for name in part.split("/"))
+        inside = part_folder(prefix) if prefix else None
+        if self._writable:  # one process checks the files for all
+            step, manifest, skipped = by_main(lambda: self._choose(step, inside))
+        else:
+            step, manifest, skipped = self._choose(step, inside)
+        skipped = [(number, reason) for number, reason in skipped]  # JSON has no tuples
+        abstract = abstract(manifest["info"]) if callable(abstract) else abstract
         saved, wanted = manifest["leaves"], leaves_by_path(abstract, "abstract state")
         if prefix:
-            saved = {name: saved[name] for name in saved if name.split("/")[0] == prefix}
+            saved = {n: saved[n] for n in saved if n == prefix or n.startswith(f"{prefix}/")}
             wanted = {f"{prefix}/{n}" if n else prefix: leaf for n, leaf in wanted.items()}
         leaves = read_leaves(self._path(step), saved, wanted, f"checkpoint {self._path(step)}")
         state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
@@ -308,6 +325,23 @@ class Checkpoints:
                 self._verified(step)
         return step not in self._damaged
 
+    def _claim(self) -> str:
+        """In process 0: the folder is ours, and tidy; returns what the lock says."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._open.enter_context(lock(self.folder / "lock"))
+        recover(self.folder)
+        return (self.folder / "lock").read_text()
+
+    def _ending(self, step: int) -> str:
+        """In process 0: the ending of the temporary folder, if `step` may be saved at all."""
+        later = [s for s in self._committed() if s > step and self._is_intact(s)]
+        if later:
+            raise ValueError(
+                f"cannot save step {step} in {self.folder}, which has steps {later}: go on from "
+                f"step {later[-1]}, or start a new run from the earlier step in another folder"
+            )
+        return f".writing-{attempt()}"
+
     def _path(self, step: int, ending: str = "") -> Path:
         return self.folder / f"{step}{ending}"
 
@@ -327,9 +361,15 @@ class Checkpoints:
     def _commit(
         self, step: int, temporary: Path, finish: Callable[[], None], content: dict[str, Any]
     ) -> None:
-        """In the background: wait for the arrays, vouch for them, and let old steps go."""
+        """In the background: wait for the arrays, vouch for them, and let old steps go.
+
+        No process speaks to another here, for the steps of the main thread do; Orbax's own waiting
+        goes past the devices. When `finish` returns, all processes have written.
+        """
         with write_errors(f"checkpoint of step {step} in {self.folder}", temporary):
             finish()
+            if not is_main():
+                return
             write_manifest(temporary, content)
             publish(temporary, self._path(step))
         self._damaged.discard(step)
@@ -344,6 +384,10 @@ class Checkpoints:
                 except OSError as error:
                     what = f"step {step} is saved, but step {old} could not be removed"
                     raise OSError(error.errno, f"{what}: {error}") from error
+
+
+def _alone(work: Callable[[], None]) -> None:
+    work()
 
 
 def _ranked(losses: dict[int, float | None]) -> list[int]:

@@ -156,6 +156,7 @@ def evaluation_batches(
     batch_size: int,
     stride: int | None = None,
     document_boundaries: Boundaries = "ignore",
+    rows: slice | None = None,
 ) -> Iterator[Batch]:
     """The whole split in order, every token but the first predicted exactly once.
 
@@ -167,6 +168,7 @@ def evaluation_batches(
             what the one before has not: all but the first re-read T - N tokens of context (the
             sliding-window protocol).
         document_boundaries: as for ``batches``; with "mask", documents' first tokens have weight 0.
+        rows: those of the B rows that this process reads; all by default.
 
     Raises:
         ValueError: a size is not positive, the stride exceeds T, the split has nothing to predict.
@@ -192,9 +194,10 @@ def evaluation_batches(
 
     def iterate() -> Iterator[Batch]:
         for first in range(0, count, batch_size):
-            windows = range(first, min(first + batch_size, count))
+            own = range(first, first + batch_size)[rows or slice(None)]
+            windows = range(own.start, max(own.start, min(own.stop, count)))
             taken = [(split, window * step) for window in windows]
-            batch = _batch(taken, sequence_length, batch_size, document_boundaries)
+            batch = _batch(taken, sequence_length, len(own), document_boundaries)
             for row, window in enumerate(windows):
                 if window:  # context, predicted by the window before
                     batch["weights"][row, : sequence_length - step] = 0

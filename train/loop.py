@@ -3,6 +3,10 @@
 At most two steps are in flight: before step i is dispatched the host waits for the metrics of
 step i - 2, never for those of the newest. That bounds memory, keeps the device busy, and XLA:CPU
 with several virtual devices deadlocks without a bound.
+
+In several processes each decision must be the same in all of them. Most follow from the metrics,
+which are; a signal reaches one process alone, so its number travels beside the metrics of each step
+(`parallel.agreement.highest`), and all stop when they read it, at most two steps later.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Literal, Protocol
 import jax
 import numpy as np
 
+from parallel.agreement import highest, is_main
 from train.meters import Clock, Energy, utilization
 from train.plugs import Metrics, PyTree, State
 from train.records import Record
@@ -67,8 +72,8 @@ class Outcome:
     Attributes:
       state: the last state; that of the last good step after losses that were not finite.
       reason: "finished", "target", "nonfinite" or "signal".
-      signal: its number, if one was caught; if that was after the last step was dispatched, the
-        reason is "finished" all the same.
+      signal: its number, if one was caught in any process; if that was after the last step was
+        dispatched, the reason is "finished" all the same.
       evaluation: the last evaluation, name -> mean.
       seconds: wall-clock seconds by kind: compile, data, step, evaluation, checkpoint.
     """
@@ -144,8 +149,11 @@ def train(
     clock, first = Clock(), int(state.step)
     clock.seconds |= spent or {}
     before = sum(clock.seconds.values())
-    pending: collections.deque[tuple[int, Metrics]] = collections.deque()
-    devices = state.step.sharding.device_set
+    pending: collections.deque[tuple[int, Metrics, jax.Array | None]] = collections.deque()
+    devices, several = state.step.sharding.device_set, jax.process_count() > 1
+    # The mesh of the run: in several processes all of its state lies on one.
+    agree = highest(state.step.sharding.mesh) if several else None  # type: ignore[attr-defined]
+    agreed: int | None = None  # the signal that all processes know of
     window = _Window(record, settings, learning_rate, flops_per_token, devices, reporter)
     outcome = Outcome(state, "finished", seconds=clock.seconds)
     evaluated, saved, healthy = -1, first, True
@@ -153,11 +161,12 @@ def train(
 
     def drain(left: int) -> bool:
         """Waits until only `left` steps are in flight; False, from then on, if the run must end."""
-        nonlocal healthy
+        nonlocal healthy, agreed
         while len(pending) > left:
-            number, metrics = pending.popleft()
+            number, metrics, told = pending.popleft()
             with clock("step"):
-                metrics = jax.device_get(metrics)
+                metrics, told = jax.device_get((metrics, told))
+            agreed = agreed or (int(told) if told is not None else None) or None
             if healthy:  # what was dispatched after the last bad step did nothing
                 window.add(number, metrics)
             healthy &= int(metrics["nonfinite_in_a_row"]) < max_nonfinite
@@ -188,18 +197,23 @@ def train(
             saved = number
 
     with stop_requests() as requested, contextlib.ExitStack() as trace:
+
+        def asked() -> int | None:
+            return requested() if agree is None else agreed
+
         source = iter(batches(first, until))
         for done in range(first + 1, until + 1):
             if not drain(IN_FLIGHT - 1):
                 break
-            if requested() is not None:
+            if asked() is not None:
                 outcome.reason = "signal"
                 break
             with clock("data"):
                 batch = place(next(source))
             if done in traced and done in (traced.start, first + 1):
                 drain(0)
-                trace.enter_context(jax.profiler.trace(trace_folder))
+                if is_main():
+                    trace.enter_context(jax.profiler.trace(trace_folder))
             # The first call returns when it is compiled; later ones at once.
             compiling = done == first + 1
             with (
@@ -208,7 +222,8 @@ def train(
                 jax.profiler.StepTraceAnnotation("train", step_num=done),
             ):
                 state, metrics = step(state, frozen, batch)
-            pending.append((done, metrics))
+            told = None if agree is None else agree(requested() or 0)
+            pending.append((done, metrics, told))
             if traced and done == traced[-1]:
                 drain(0)
                 trace.close()
@@ -230,7 +245,8 @@ def train(
             outcome.reason = "target"
         if last > first:
             keep(last)
-        outcome.signal = requested()
+        # Nothing is in flight any more, so that this waits for the slowest process alone.
+        outcome.signal = requested() if agree is None else int(agree(requested() or 0)) or agreed
     outcome.state = state
     return outcome
 

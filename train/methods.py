@@ -9,6 +9,7 @@ of an optimizer (`train.settings`). Which methods there are is for `experiments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -16,7 +17,16 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import optax
 
 from model.config import TransformerConfig
-from train.plugs import Gradient, GradientFunction, LossTerm, PyTree, WeightTransform, merge
+from train.plugs import (
+    Gradient,
+    GradientFunction,
+    LossTerm,
+    PyTree,
+    State,
+    WeightTransform,
+    merge,
+)
+from train.step import Step
 
 
 class Setup(NamedTuple):
@@ -26,13 +36,54 @@ class Setup(NamedTuple):
       config: of the model that trains, vocabulary size included.
       params: the abstract parameters of the whole model, before anything is frozen.
       steps: updates of the whole run, for schedules.
-      micro_batches: parts of a batch, for a gradient function that goes through them by itself.
+      micro_batches: parts of a batch; a gradient function of a method goes through them by itself.
+      workers: how many there are of what works on rows of its own: the places along the mesh axis
+        `data`. Not known where a run is only opened, and nothing but memory may depend on it.
     """
 
     config: TransformerConfig
     params: PyTree
     steps: int
     micro_batches: int = 1
+    workers: int = 1
+
+
+class Around(NamedTuple):
+    """Another loop around the step, which calls it.
+
+    Attributes:
+      init: the state of one step -> the state of the run; `params` are those that are evaluated.
+      step: the step of that state -> that of the run, both `(state, frozen, batch) -> (state,
+        metrics)`.
+      sees: the weight transforms of all methods -> what then takes the place of `step`, for a loop
+        that runs the model itself; or None.
+    """
+
+    init: Callable[[State], State]
+    step: Callable[[Step], Step]
+    sees: Callable[[tuple[WeightTransform, ...]], Callable[[Step], Step]] | None = None
+
+
+class Reading(NamedTuple):
+    """What a method sees of the data, for `read(reading) -> (batch -> batch)`.
+
+    A method with such a function puts arrays beside those of each training batch, before it goes to
+    the devices. What it returns must depend on the batch alone, so that a resumed run meets the
+    same; it is called in threads, ahead of the step.
+
+    Attributes:
+      settings: of the run.
+      fingerprints: JSON values that name the data, by content, and its tokenizer.
+      dataset: phase -> what has the batch of step number n of the run under n.
+      windows: every window of the training data once, in batches.
+      out: folder of the run.
+    """
+
+    settings: Any
+    fingerprints: list[Any]
+    dataset: Callable[[Any], Any]
+    windows: Callable[[], Any]
+    out: Any
 
 
 class FrozenTree(NamedTuple):
@@ -52,6 +103,18 @@ def everything_trains(params: PyTree) -> tuple[PyTree, PyTree]:
     return params, {}
 
 
+def one_side(params: PyTree, chosen: PyTree, side: bool) -> PyTree:
+    """Returns the leaves whose choice is `side`, in nested dicts without empty branches.
+
+    >>> one_side({"a": {"x": 1, "y": 2}}, {"a": {"x": True, "y": False}}, True)
+    {'a': {'x': 1}}
+    """
+    if not isinstance(params, dict):
+        return params if chosen is side else {}
+    parts = {name: one_side(value, chosen[name], side) for name, value in params.items()}
+    return {name: p for name, p in parts.items() if not (isinstance(p, dict) and not p)}
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -63,11 +126,17 @@ class Plugs:
     Attributes:
       transforms: weight transforms, in order.
       terms: loss terms so far -> loss terms.
-      gradient: a gradient function, or None to leave it to another method.
+      gradient: a gradient function that goes through the micro-batches of `setup` by itself, or
+        None to leave it to another method.
       optimizer: wraps the optimizer of the settings.
       split: `params -> (those that train, those that do not)`, traceable; the second part goes into
         `frozen["params"]`, and the loss merges it back.
       frozen: other trees that do not train, by their name in `frozen`.
+      around: another loop around the step, or None.
+      workers: a number of workers that the mesh axis `data` must divide, or None.
+      rows: the batch must have a multiple of so many rows.
+      redistribute: name in `State.extra` -> `(what is there, workers) -> the same` for another
+        number of workers.
     """
 
     transforms: tuple[WeightTransform, ...] = ()
@@ -76,6 +145,10 @@ class Plugs:
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _same
     split: Callable[[PyTree], tuple[PyTree, PyTree]] = everything_trains
     frozen: Mapping[str, FrozenTree] = field(default_factory=dict)
+    around: Around | None = None
+    workers: int | None = None
+    rows: int = 1
+    redistribute: Mapping[str, Callable[[Any, int], Any]] = field(default_factory=dict)
 
 
 class MethodSettings(Protocol):
@@ -91,7 +164,8 @@ def combine(parts: Sequence[Plugs]) -> Plugs:
     """Returns the plugs of several methods as one, each applied after those before it.
 
     Raises:
-      ValueError: two of them bring a gradient function, or a frozen tree of the same name.
+      ValueError: two of them bring a gradient function, or a loop around the step, or a frozen
+        tree of the same name.
 
     >>> head = Plugs(split=lambda p: ({"head": p["head"]}, {"table": p["table"]}))
     >>> combine([head, Plugs()]).split({"head": 1, "table": 2})
@@ -101,6 +175,12 @@ def combine(parts: Sequence[Plugs]) -> Plugs:
     if len(gradients) > 1:
         raise ValueError(
             f"{len(gradients)} methods bring a gradient function of their own, and a step has one: "
+            "leave all but one out"
+        )
+    loops = [part for part in parts if part.around is not None]
+    if len(loops) > 1:
+        raise ValueError(
+            f"{len(loops)} methods bring a loop around the step, and a run has one: "
             "leave all but one out"
         )
     names = [name for part in parts for name in part.frozen]
@@ -124,11 +204,19 @@ def combine(parts: Sequence[Plugs]) -> Plugs:
             frozen = merge(frozen, more)
         return params, frozen
 
+    transforms = tuple(transform for part in parts for transform in part.transforms)
+    around = loops[0].around if loops else None
+    if around is not None and around.sees is not None:
+        around = around._replace(step=around.sees(transforms))
     return Plugs(
-        tuple(transform for part in parts for transform in part.transforms),
+        transforms,
         terms,
         gradients[0] if gradients else None,
         optimizer,
         split,
         {name: tree for part in parts for name, tree in part.frozen.items()},
+        around,
+        loops[0].workers if loops else None,
+        math.lcm(*(part.rows for part in parts)),
+        {name: rule for part in parts for name, rule in part.redistribute.items()},
     )

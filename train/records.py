@@ -71,7 +71,8 @@ class Record:
     """Appends rows to a file and passes them on; a context manager.
 
     Args:
-      path: the file; made if missing, continued otherwise.
+      path: the file; made if missing, continued otherwise. None writes nowhere: in a process that
+        another one keeps the record for.
       sinks: get every row, and are closed with it.
 
     >>> import tempfile
@@ -83,16 +84,18 @@ class Record:
     '{"kind": "train", "step": 1, "loss": "inf"}\\n'
     """
 
-    def __init__(self, path: Path, sinks: tuple[Sink, ...] = ()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a")
+    def __init__(self, path: Path | None, sinks: tuple[Sink, ...] = ()):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a") if path is not None else None
         self._sinks = sinks
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> Row:
         """Writes one row. Numbers that are not finite become their names: JSON has none."""
         row: Row = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
-        self._file.flush()  # a kill loses no row
+        if self._file is not None:
+            self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+            self._file.flush()  # a kill loses no row
         for sink in self._sinks:
             sink.write(row)
         return row
@@ -101,7 +104,8 @@ class Record:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for sink in self._sinks:
             sink.close()
 
@@ -154,11 +158,16 @@ def _numbers(row: Row) -> list[tuple[str, float]]:
     return numbers
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns the values with numbers that are not finite as their names: JSON has none.
+
+    >>> plain({"losses": [1.5, math.inf]})
+    {'losses': [1.5, 'inf']}
+    """
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
+        return {name: plain(v) for name, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

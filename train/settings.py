@@ -12,8 +12,8 @@ from typing import Any, Literal, get_type_hints
 
 from model.config import TransformerConfig, config_from_dict
 from model.presets import modern_mini
-from train.optimizer_settings import OptimizerSettings
 from train.optimizers import OPTIMIZERS, Muon
+from train.optimizers.settings import OptimizerSettings
 from train.schedules import SCHEDULES, Linear
 
 
@@ -168,13 +168,47 @@ def _named(what: str, fields: dict[str, Any], table: Mapping[str, type[Any]]) ->
 
 
 def fingerprint(settings: Settings, more: Any = None) -> str:
-    """Returns a short hash of the settings (and of `more`, JSON values): the name of a cell.
+    """Returns a short hash of the settings, and of `more`: the name of a cell.
+
+    What is at its default does not count, so that a setting that is new does not rename all runs.
 
     >>> len(fingerprint(Settings())), fingerprint(Settings()) == fingerprint(Settings(seed=1))
     (16, False)
     """
-    text = json.dumps([to_json(settings), more], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(essential([settings, more]))
+
+
+def essential(value: Any) -> Any:
+    """Returns dataclasses within dataclasses as JSON values, by class, without what is at default.
+
+    >>> essential(Phase(3, modern_mini(), batch_size=4))["batch_size"]
+    4
+    >>> "sequence_length" in essential(Phase(3, modern_mini()))
+    False
+    """
+    if isinstance(value, list | tuple):
+        return [essential(v) for v in value]
+    if isinstance(value, Mapping):
+        return {name: essential(v) for name, v in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
+    found: dict[str, Any] = {"class": type(value).__name__}
+    for field_ in dataclasses.fields(value):
+        mine = getattr(value, field_.name)
+        made = field_.default_factory
+        default = field_.default if made is dataclasses.MISSING else made()
+        if default is dataclasses.MISSING or mine != default:
+            found[field_.name] = essential(mine)
+    return found
+
+
+def digest(values: Any) -> str:
+    """Returns a short hash of JSON values, whatever the order of their names.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from train.tokenizers_bpe import open_gpt2, open_tokenizer_json
+from train.tokenizers_llama2c import open_llama2c
 from train.tokenizers_pieces import RECORD, bytes_tokenizer, read_saved
 from train.tokenizers_sentencepiece import MODEL, open_sentencepiece, train_sentencepiece
 
@@ -55,8 +56,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
     Args:
         spec: ``bytes``; ``gpt2:FOLDER`` with ``vocab.json`` + ``merges.txt`` or ``encoder.json`` +
-            ``vocab.bpe``; the path of a ``tokenizer.json`` or of a SentencePiece ``.model``; or a
-            folder that holds one of these or that ``save`` wrote.
+            ``vocab.bpe``; the path of a ``tokenizer.json``, of a SentencePiece ``.model`` or of a
+            llama2.c ``.bin``; or a folder that holds one of the first two or that ``save`` wrote.
 
     Raises:
         ValueError: nothing of the kind is there (the message lists what is possible), or what is
@@ -83,7 +84,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     raise ValueError(
         f"no tokenizer {str(spec)!r} (as a path it is {found}). Possible are: bytes;"
         " gpt2:FOLDER; sentencepiece:N (trained on the corpus, where a corpus is given); a"
-        f" tokenizer.json or SentencePiece .model file; a folder with {layouts_text}"
+        " tokenizer.json, SentencePiece .model or llama2.c .bin file; a folder with"
+        f" {layouts_text}"
     )
 
 
@@ -115,6 +117,10 @@ def _load_tokenizer_json(argument: str) -> Tokenizer:
     return _open(argument, "tokenizer.json", open_tokenizer_json)
 
 
+def _load_llama2c(argument: str) -> Tokenizer:
+    return _open(argument, "tokenizer.bin", open_llama2c)
+
+
 def _load_saved(argument: str) -> Tokenizer:
     folder = Path(argument).expanduser()
     kind, files = read_saved(folder)
@@ -144,6 +150,7 @@ LOADERS: dict[str, Callable[[str], Tokenizer]] = {
     "saved": _load_saved,
     "tokenizer.json": _load_tokenizer_json,
     "sentencepiece": _load_sentencepiece,
+    "llama2c": _load_llama2c,
     "gpt2": _load_gpt2,
 }
 # Files by which a folder is known, first match wins. A tokenizer.json goes before vocab.json +
@@ -154,7 +161,7 @@ FOLDERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sentencepiece": ((MODEL,),),
     "gpt2": (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")),
 }
-SUFFIXES = {".json": "tokenizer.json", ".model": "sentencepiece"}
+SUFFIXES = {".json": "tokenizer.json", ".model": "sentencepiece", ".bin": "llama2c"}
 # What opens the files of a saved folder, by its record's kind.
 SAVED: dict[str, Callable[..., Tokenizer]] = {
     "bytes": bytes_tokenizer,

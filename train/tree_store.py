@@ -4,6 +4,9 @@ Orbax (v1) moves the arrays, sharded and in the background. It is given a flat d
 part of the tree, not the tree itself: it would turn NamedTuples, dataclasses and registered nodes
 into dicts, and it refuses arrays of size zero and empty trees. The structure comes from the
 abstract tree that the reader gives, and the paths must agree.
+
+Several processes write one folder, which all of them see: each its own shards, process 0 the
+manifest and the name. They call `save_tree`, `start_write` and `read_leaves` together.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parallel.agreement import by_main, is_main, spread, together, whole_array
 from train.manifest import (
     DamagedError,
     lock,
@@ -55,19 +59,30 @@ def save_tree(folder: str | os.PathLike[str], tree: PyTree) -> str:
     folder = Path(folder).absolute()  # Orbax refuses other paths
     leaves, digest = leaves_by_path(tree, "tree"), tree_hash(tree)
     content = {"hash": digest, "leaves": describe(leaves, "tree")}
-    if _holds(folder, digest):
+    if by_main(lambda: _holds(folder, digest)):
         return digest
     workplace = folder.with_name(folder.name + ".writing")
-    workplace.mkdir(parents=True, exist_ok=True)
-    with lock(workplace / "lock"), quiet():
-        clear(workplace / "tree")  # what a kill left
-        temporary = workplace / f"tree-{attempt()}"
-        if not _holds(folder, digest):  # now that nobody else can write it
+    with contextlib.ExitStack() as held, quiet():
+
+        def claim() -> str | None:
+            """The folder to write into, or None: somebody else has just written the tree."""
+            workplace.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(workplace / "lock"))
+            clear(workplace / "tree")  # what a kill left
+            return None if _holds(folder, digest) else f"tree-{attempt()}"
+
+        def finish() -> None:
+            write_manifest(temporary, content)
+            publish(temporary, folder)
+
+        name = by_main(claim)
+        if name is not None:
+            temporary = workplace / name
             with write_errors(f"tree {folder}", workplace):
-                start_write(temporary, leaves)()
-                write_manifest(temporary, content)
-                publish(temporary, folder)
-    shutil.rmtree(workplace, ignore_errors=True)
+                together(start_write(temporary, leaves))
+                by_main(finish)
+    if is_main():
+        shutil.rmtree(workplace, ignore_errors=True)
     return digest
 
 
@@ -138,6 +153,7 @@ def tree_hash(tree: PyTree) -> str:
     for name, leaf in sorted(leaves_by_path(tree, "tree").items()):
         digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
         data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        data = whole_array(data) if isinstance(data, jax.Array) else data
         digest.update(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -229,7 +245,7 @@ def start_write(folder: Path, leaves: dict[str, Any]) -> Callable[[], None]:
     context = ocp.Context()
     # Weights hardly compress (8 % of normal float32), and zstd takes four times the CPU time.
     context.array.saving.use_compression = False
-    # Cutting replicated leaves among devices compiles a program a shape; one process gains nothing.
+    # Cutting replicated leaves among devices compiles a program a shape, for less than it gains.
     context.array.saving.use_replica_parallel = False
     with context:
         response = ocp.save_checkpointables_async(folder, parts)
@@ -262,12 +278,14 @@ def read_leaves(
     }
     leaves: dict[str, jax.Array] = {}
     if parts := _by_part(targets):
-        with quiet():
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True  # what `saved` says has been compared already
+        with quiet(), context:
             for part in ocp.load_checkpointables(folder, parts).values():
                 leaves.update(part)
     for name, target in targets.items():
         if not target.size:
-            leaves[name] = jax.device_put(jnp.zeros(target.shape, target.dtype), target.sharding)
+            leaves[name] = spread(jnp.zeros(target.shape, target.dtype), target.sharding)
         if leaves[name].dtype != target.dtype:  # 64-bit leaves without jax_enable_x64
             raise ValueError(f"{where}: {name} would be cut from {target.dtype}: enable x64")
         if saved[name].get("weak"):
@@ -301,7 +319,9 @@ def attempt() -> str:
 
 
 def clear(temporary: Path) -> None:
-    """Remove a temporary folder and whatever Orbax was writing beside it."""
+    """Remove a temporary folder and whatever Orbax was writing beside it (process 0 alone does)."""
+    if not is_main():
+        return
     for path in temporary.parent.glob(temporary.name + "*"):
         shutil.rmtree(path, ignore_errors=True)
 

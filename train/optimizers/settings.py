@@ -29,11 +29,17 @@ class OptimizerSettings:
         leaves it alone and saves the pass over all gradients.
       learning_rate_rules: ``(regex, factor)`` pairs, first match wins, 1 otherwise: the rate of a
         parameter is ``factor`` times the scheduled one, weight decay included. May vary by layer.
+      cautious: drop the elements of a step that go against the gradient (weight decay apart); see
+        `train.optimizers.cautious.cautious`.
+      tail_fraction: share of the run's updates, at its end, whose weights are averaged for the
+        evaluation; see `train.optimizers.averaging`. None for no average.
     """
 
     learning_rate: float = 1e-3
     clip_norm: float | None = None
     learning_rate_rules: tuple[tuple[str, float], ...] = ()
+    cautious: bool = False
+    tail_fraction: float | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -52,10 +58,13 @@ class DecayingSettings(OptimizerSettings):
         takes ``learning_rate * weight_decay`` of the weight itself (Loshchilov & Hutter,
         arXiv 1711.05101, as in PyTorch and Optax).
       decay_rules: ``(regex, whether it decays)`` pairs, first match wins, no decay otherwise.
+      cautious_decay: decay only where it goes the way of the step; see
+        `train.optimizers.cautious.cautious_decayed_weights`.
     """
 
     weight_decay: float = 0.0
     decay_rules: BoolRules = MATRICES
+    cautious_decay: bool = False
 
 
 def decay_mask(settings: DecayingSettings, weight_decay: float, params: Any) -> Any:
@@ -84,6 +93,9 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "adam_eps": _POSITIVE,
     "weight_decay": _NOT_NEGATIVE,
     "adam_weight_decay": _NOT_NEGATIVE,
+    "tail_fraction": ("above 0 and at most 1", lambda x: 0.0 < x <= 1.0),
+    "shampoo_decay": _BELOW_ONE,
+    "gamma": _NOT_NEGATIVE,
     "b1": _BELOW_ONE,
     "b2": _BELOW_ONE,
     "momentum": _BELOW_ONE,
@@ -94,8 +106,10 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 def _check(settings: OptimizerSettings) -> None:
     """ValueError for a setting out of range; None stands for "off" where it is allowed."""
-    values = [(field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)]
-    for name, value in values:
+    for field in dataclasses.fields(settings):
+        name, value = field.name, getattr(settings, field.name)
+        if value == field.default:  # an eps of 0 is the default of some
+            continue
         if name in _RANGES and value is not None and not _RANGES[name][1](value):
             kind = type(settings).__name__
             raise ValueError(f"{name} of {kind} must be {_RANGES[name][0]}, not {value}")

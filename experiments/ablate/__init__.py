@@ -1,0 +1,1 @@
+"""Tables that compare methods: `python -m experiments.ablate TOPIC`."""

@@ -1,0 +1,234 @@
+"""Pruning after training, with and without quantization.
+
+Published beside it: OPT-125M on WikiText-2, Frantar & Alistarh 2023 (arXiv:2301.00774) table 1 and
+Sun et al. 2023 (arXiv:2306.11695) table 10; joint rows from Mozaffari et al. 2024 (SLiM,
+arXiv:2410.09615); the order of pruning and quantizing from Harma et al. 2024 (arXiv:2405.20935).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compress.formats import Format
+from compress.gptq import gptq_params
+from compress.quantize import dequantize_params, quantize_params
+from experiments.ablate.margins import Claim, claims
+from experiments.ablate.markdown import grid, spread
+from experiments.ablate.subjects import (
+    Subject,
+    base_settings,
+    judge,
+    needs_of,
+    open_subject,
+    stories_settings,
+)
+from experiments.ablate.tables import Request, Results, Table
+from experiments.compressors import Magnitude, SparseGPT, Wanda
+from experiments.grid import Measurement
+
+BLOCKS = "blocks/.*/kernel"
+TWO_BITS = Format(bits=2, group=32, span="full", scale_dtype="float16")
+
+Prune = Callable[[Subject], Any]
+
+
+def _by(compressor: Any) -> Prune:
+    return lambda subject: compressor(subject.model, subject.params, subject.calibration)[1]
+
+
+def _then_round(prune: Prune) -> Prune:
+    """Prunes, then rounds to 4 bits; zeros are on the grid and stay."""
+    return lambda subject: quantize_params(prune(subject), [(BLOCKS, "q4_0")])
+
+
+def _round_then_magnitude(subject: Subject) -> Any:
+    rounded = dequantize_params(quantize_params(subject.params, [(BLOCKS, "q4_0")]))
+    return Magnitude()(subject.model, rounded, subject.calibration)[1]
+
+
+def _two_bits(subject: Subject) -> Any:
+    rules = [(BLOCKS, TWO_BITS)]
+    return gptq_params(subject.model, subject.params, subject.calibration, rules)
+
+
+METHODS: dict[str, Prune] = {
+    "dense": lambda subject: subject.params,
+    "magnitude 50 %": _by(Magnitude()),
+    "Wanda 50 %": _by(Wanda()),
+    "SparseGPT 50 %": _by(SparseGPT()),
+    "magnitude 2:4": _by(Magnitude(pattern="2:4")),
+    "Wanda 2:4": _by(Wanda(pattern="2:4")),
+    "SparseGPT 2:4": _by(SparseGPT(pattern="2:4")),
+}
+JOINT: dict[str, Prune] = {
+    "GPTQ4 g32": lambda subject: gptq_params(
+        subject.model, subject.params, subject.calibration, [(BLOCKS, "q4_0")]
+    ),
+    "SparseGPT 50 % + 4 bit, jointly": _by(SparseGPT(format="q4_0")),
+    "SparseGPT 2:4 + 4 bit, jointly": _by(SparseGPT(pattern="2:4", format="q4_0")),
+    "SparseGPT 50 %, then RTN4 g32": _then_round(_by(SparseGPT())),
+    "Wanda 50 %, then RTN4 g32": _then_round(_by(Wanda())),
+    "magnitude 50 %, then RTN4 g32": _then_round(_by(Magnitude())),
+    "RTN4 g32, then magnitude 50 %": _round_then_magnitude,
+    "GPTQ2 g32, dense": _two_bits,
+}
+PUBLISHED = {
+    "dense": "27.66",
+    "magnitude 50 %": "193",
+    "Wanda 50 %": "38.96",
+    "SparseGPT 50 %": "36.85",
+    "magnitude 2:4": "341.5",
+    "Wanda 2:4": "81.6",
+    "SparseGPT 2:4": "60.7",
+    "SparseGPT 50 %, then RTN4 g32": "42.60 (OPTQ)",
+    "Wanda 50 %, then RTN4 g32": "42.49 (AWQ)",
+    "magnitude 50 %, then RTN4 g32": "9.37 (2:4, int8, Llama-2-7B)",
+    "RTN4 g32, then magnitude 50 %": "14.65 (2:4, int8, Llama-2-7B)",
+    "GPTQ2 g32, dense": "116.2 (SLiM)",
+}
+SOURCE = (
+    "Published: OPT-125M on WikiText-2, Frantar & Alistarh 2023 (arXiv:2301.00774) and Sun et al. "
+    "2023 (arXiv:2306.11695); joint rows Mozaffari et al. 2024 (SLiM, arXiv:2410.09615); the order "
+    "of pruning and quantizing Harma et al. 2024 (arXiv:2405.20935)."
+)
+ORDERINGS = (
+    ("magnitude 50 %", "Wanda 50 %"),
+    ("Wanda 50 %", "SparseGPT 50 %"),
+    ("magnitude 2:4", "Wanda 2:4"),
+    ("Wanda 2:4", "SparseGPT 2:4"),
+    ("SparseGPT 2:4", "SparseGPT 50 %"),
+)
+JOINT_ORDERINGS = (
+    ("SparseGPT 50 %, then RTN4 g32", "SparseGPT 50 % + 4 bit, jointly"),
+    ("RTN4 g32, then magnitude 50 %", "magnitude 50 %, then RTN4 g32"),
+    ("GPTQ2 g32, dense", "SparseGPT 50 % + 4 bit, jointly"),
+)
+
+
+def measure(request: Request, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Prunes the subject as the settings say; returns quality and the share of zeros."""
+    subject = open_subject(request, settings)
+    params = (METHODS | JOINT)[settings["method"]](subject)
+    dense, found = judge(subject, subject.model, params)
+    return {**found, "dense perplexity": dense["perplexity"], "zeros": zeros(params)}
+
+
+def zeros(params: Any) -> float:
+    """Returns the share of zeros in the kernels of the blocks.
+
+    >>> zeros({"blocks": {"up": {"kernel": jnp.array([[[0.0, 1.0]]])}}})
+    0.5
+    """
+    blocks = dequantize_params(params["blocks"])
+    leaves = jax.tree_util.tree_leaves_with_path(blocks)
+    kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
+    return float(sum(jnp.sum(k == 0) for k in kernels) / sum(k.size for k in kernels))
+
+
+def _cells(subject: Any, names: Sequence[str], request: Request) -> list[Measurement]:
+    found = []
+    for seed in range(request.seeds):
+        for name in names:
+            settings = {**subject(seed), "topic": "prune", "method": name}
+            function = functools.partial(measure, request)
+            found.append(Measurement(name, settings, function, needs_of(settings)))
+    return found
+
+
+def render(orderings: Sequence[tuple[str, str]], results: Results) -> list[str]:
+    """Returns the table and the orderings."""
+    body = [
+        [
+            name,
+            spread(results.column(name, "zeros")),
+            spread(results.column(name, "perplexity")),
+            spread(results.column(name, "KL to the dense model"), 4),
+            spread(results.column(name, "top-1 agreement"), 3),
+            PUBLISHED.get(name, ""),
+        ]
+        for name in results.by_name
+        if results.column(name, "perplexity")
+    ]
+    names = ["method", "zeros", "perplexity", "KL to dense (nats)", "top-1", "published"]
+    lines = [*grid(names, body, "lrrrrr"), "", SOURCE]
+    rows = []
+    for larger, smaller in orderings:
+        high, low = results.pair(larger, smaller, "perplexity")
+        if high:
+            published = [PUBLISHED.get(name, "") for name in (larger, smaller)]
+            text = " > ".join(published) if all(published) else ""
+            rows.append(Claim((larger, high), (smaller, low), text))
+    return [*lines, "", *claims(rows)] if rows else lines
+
+
+def picture(results: Results) -> Any:
+    """Draws the perplexity of each row as a bar with its spread."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    rows = {name: results.column(name, "perplexity") for name in results.by_name}
+    rows = {name: found for name, found in rows.items() if found}
+    if len(rows) < 2:
+        return None
+    figure = Figure(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
+    axis = figure.subplots()
+    means = [np.mean(found) for found in rows.values()]
+    errors = [np.std(found, ddof=1) if len(found) > 1 else 0 for found in rows.values()]
+    axis.barh(list(rows), means, xerr=errors, height=0.6)
+    axis.invert_yaxis()
+    axis.set(xlabel="perplexity", xscale="log")
+    axis.grid(alpha=0.3, axis="x")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _table(
+    name: str,
+    title: str,
+    subject: Any,
+    names: Sequence[str],
+    orderings: Sequence[tuple[str, str]],
+) -> Table:
+    foreign = subject is stories_settings
+
+    def cells(request: Request) -> list[Measurement]:
+        if foreign and request.stories is None:
+            return []
+        return _cells(subject, names, request)
+
+    def notes(request: Request) -> list[str]:
+        if foreign and request.stories is None:
+            return ["Rows of the foreign model run with `--stories DIR` (stories260K, tok512)."]
+        return []
+
+    return Table(name, title, cells, functools.partial(render, orderings), picture, notes)
+
+
+TABLES: tuple[Table, ...] = (
+    _table(
+        "prune",
+        "Pruning of the blocks' matrices after training",
+        base_settings,
+        list(METHODS),
+        ORDERINGS,
+    ),
+    _table(
+        "prune-quantize",
+        "Pruning and quantizing the blocks' matrices together",
+        base_settings,
+        list(JOINT),
+        JOINT_ORDERINGS,
+    ),
+    _table(
+        "prune-stories",
+        "Pruning of a foreign model, stories260K, judged on its own samples",
+        stories_settings,
+        list(METHODS),
+        ORDERINGS,
+    ),
+)

@@ -1,0 +1,114 @@
+"""Training steps alone, timed in turn: what a method makes of the cost of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress.probe import time_interleaved
+from compress.teacher_targets import top_k_targets
+from experiments.ablate.random_weights import like
+from experiments.ablate.ratios import paired
+from experiments.assemble import abstract_frozen, assemble, first_state, initial_params
+from experiments.distill_cached import PREFIX
+from experiments.distill_cached_method import DistilCached, Resolved
+from experiments.distill_method import Distil, Teacher
+from model.config import TransformerConfig
+from model.transformer import Transformer
+from train.plugs import whole
+from train.settings import Settings
+from train.step import make_train_step
+
+
+def known(settings: Settings, teacher: TransformerConfig) -> Settings:
+    """Returns settings whose distillation needs no run to be built: any weights cost the same.
+
+    Args:
+      settings: of a run.
+      teacher: config of its teacher, vocabulary size included.
+    """
+    methods = []
+    for method in settings.methods:
+        if isinstance(method, Distil):
+            method = dataclasses.replace(method, resolved=Teacher(teacher, 0, ""))
+        elif isinstance(method, DistilCached):
+            method = dataclasses.replace(method, resolved=Resolved(teacher, 0, "", ""))
+        methods.append(method)
+    return dataclasses.replace(settings, methods=tuple(methods))
+
+
+def batch_for(settings: Settings, vocabulary_size: int) -> dict[str, jax.Array]:
+    """Returns a batch of random tokens of the first phase, with a cached teacher's answers."""
+    phase = settings.phases[0]
+    rng = np.random.default_rng(0)
+    shape = (phase.batch_size, phase.sequence_length)
+    tokens = rng.integers(0, vocabulary_size, (shape[0], shape[1] + 1))
+    batch = {
+        "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
+        "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
+        "weights": jnp.ones(shape, jnp.float32),
+    }
+    for method in settings.methods:
+        if isinstance(method, DistilCached):
+            logits = jnp.asarray(rng.standard_normal((*shape, vocabulary_size), np.float32))
+            said = jax.vmap(lambda row, k=method.k: top_k_targets(row, k))(logits)
+            batch |= {PREFIX + name: array for name, array in said.items()}
+    return batch
+
+
+def stepper(settings: Settings, config: TransformerConfig) -> Callable[[], Any]:
+    """Returns a call that takes the next step of a run, from random weights on random tokens.
+
+    Args:
+      settings: of one phase, built without any folder (see `known`).
+      config: of the model, vocabulary size included.
+    """
+    parts = assemble(settings, config)
+    plugs = parts.plugs
+    step = make_train_step(
+        Transformer(config),
+        parts.terms,
+        parts.optimizer,
+        transforms=plugs.transforms,
+        gradient=plugs.gradient or whole,
+        micro_batches=settings.micro_batches,
+        loss_chunk=settings.loss_chunk,
+    )
+    compiled = jax.jit(step, donate_argnums=0)
+    frozen = like(abstract_frozen(settings, parts))
+    params, _ = jax.jit(lambda: plugs.split(initial_params(settings, config)))()
+    state = jax.jit(lambda p, f: first_state(settings, parts, p, f))(params, frozen)
+    batch = batch_for(settings, config.vocabulary_size)
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, frozen, batch)
+        return metrics
+
+    return call
+
+
+def step_times(
+    runs: Mapping[str, tuple[Settings, TransformerConfig]], repeats: int, first: str
+) -> dict[str, dict[str, Any]]:
+    """Times one step of each run in turn.
+
+    Args:
+      runs: name -> (settings, config).
+      repeats: rounds.
+      first: what the ratios are to.
+
+    Returns:
+      Name -> median seconds, and median and quartiles of the paired ratios to `first`.
+    """
+    times = time_interleaved({name: stepper(*run) for name, run in runs.items()}, repeats)
+    return {
+        name: {"seconds": statistics.median(seconds), **paired(seconds, times[first])}
+        for name, seconds in times.items()
+    }

@@ -1,0 +1,1 @@
+"""Tables of what parallelism costs and keeps: `python -m experiments.scale`."""

@@ -1,0 +1,163 @@
+"""Tables of what parallelism costs and keeps, on eight virtual CPU devices.
+
+    python -m experiments.scale
+    python -m experiments.scale --tables equality memory
+
+Finished cells are kept in experiments/results/scale-BACKEND.json and do not run again; Markdown and
+pictures beside it are made from it alone. The parameter server's padded steps alone take some forty
+minutes with three seeds, on any machine; the runs under compression and DiLoCo are 33 of 500 steps.
+Where there are fewer than eight devices, as on a machine with one GPU, the table `device` alone is
+made.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from experiments.ablate.report import read, write_data, write_report
+from experiments.ablate.tables import Request, Table, complete
+from experiments.cli import run_main
+from experiments.compilation import use_compilation_cache
+from experiments.scale import (
+    compression,
+    device,
+    diloco,
+    equality,
+    memory,
+    processes,
+    server,
+    traffic,
+)
+
+DEVICES = 8
+THREADS = 64  # of XLA:CPU's pools; nearly all of them wait
+TABLES: tuple[Table, ...] = (
+    equality.TABLE,
+    memory.TABLE,
+    traffic.TABLE,
+    compression.TABLE,
+    diloco.TABLE,
+    server.TABLE,
+    processes.TABLE,
+    device.TABLE,
+)
+"""In the order of the report."""
+
+LEGEND = (
+    "Bytes and equalities are exact for this backend and its compiler, whatever the machine's "
+    "load; seconds are of this machine. Losses are means over seeds with their range."
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What to measure.
+
+    Attributes:
+      tables: which; all by default.
+      seeds: how many, from 0, of what is trained.
+      max_minutes: begin no further cell after so long.
+      fresh: forget earlier results of these tables and run them again, in a new folder; with --out,
+        go on in that one.
+      out: where runs and measurements lie; runs/scale by default.
+      results: where JSON, Markdown and pictures lie.
+    """
+
+    tables: tuple[str, ...] = ()
+    seeds: int = 3
+    max_minutes: float | None = None
+    fresh: bool = False
+    out: Path | None = None
+    results: Path = Path(__file__).parent.parent / "results"
+
+
+def run_command(command: Scale) -> list[Path]:
+    """Makes what is missing and returns the files written.
+
+    Raises:
+      ValueError: a table that there is not, or that needs more devices; no seed.
+    """
+    names = [table.name for table in TABLES]
+    if unknown := [name for name in command.tables if name not in names]:
+        raise ValueError(f"no table is called {unknown[0]!r}; there are {', '.join(names)}")
+    if command.seeds < 1:
+        raise ValueError(f"{command.seeds} seeds are none; give at least 1")
+    chosen = tables_for(command.tables or tuple(names), len(jax.devices()))
+    out = command.out or Path("runs/scale")
+    if command.fresh and command.out is None:
+        out = Path(f"runs/scale-{time.strftime('%Y%m%d-%H%M%S')}")
+        print(f"runs anew in {out}; to go on with it later: --fresh --out {out}")
+    request = Request(out / "cells", command.seeds)
+    path = command.results / f"scale-{jax.default_backend()}.json"
+    gathered = read(path)
+    if command.fresh:
+        for item in (item for table in chosen for item in table.cells(request)):
+            gathered.cells.pop(item.key, None)
+    try:
+        complete(
+            chosen,
+            request,
+            gathered,
+            max_minutes=command.max_minutes,
+            save=lambda: write_data(path, gathered),
+        )
+    finally:
+        write_data(path, gathered)
+        written = write_report(
+            path,
+            "Scale",
+            TABLES,
+            request,
+            gathered,
+            command="python -m experiments.scale",
+            legend=LEGEND,
+        )
+        print(f"written: {', '.join(map(str, [path, *written]))}")
+    return [path, *written]
+
+
+def tables_for(names: tuple[str, ...], devices: int) -> list[Table]:
+    """Returns the tables that so many devices can make.
+
+    Raises:
+      ValueError: none of them.
+    """
+    chosen = [table for table in TABLES if table.name in names]
+    if devices < DEVICES:
+        chosen = [table for table in chosen if table.name == "device"]
+    if not chosen:
+        raise ValueError(
+            f"{', '.join(names)} need {DEVICES} devices, and there are {devices}; the table "
+            "'device' needs one, and JAX_PLATFORMS=cpu gives all the others virtual ones"
+        )
+    return chosen
+
+
+def give_devices() -> None:
+    """Makes the virtual devices, before any device is asked for.
+
+    XLA:CPU runs independent collectives of one program at the same time, and each waits in a thread
+    of one pool. As large as the devices are many (the default), it was seen to run dry: one device
+    stood in two collectives, and the last that both waited for had no thread left.
+    """
+    os.environ.setdefault("NPROC", str(THREADS))
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+
+def main() -> None:
+    """Parses the command line, measures, writes."""
+    import tyro
+
+    command = tyro.cli(Scale, description=__doc__)
+    give_devices()
+    use_compilation_cache()
+    run_command(command)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,298 @@
+"""Plans: memory and traffic by arithmetic against compilers, refusals, and every form for a TPU."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.layout import Division, mesh_of
+from experiments.plan import MODELS, Command, run_command, settings_of, sizes_of
+from experiments.plan_compile import (
+    CRASHED,
+    FITS,
+    NO_MEMORY,
+    REFUSED,
+    Request,
+    child_environment,
+    compile_elsewhere,
+    topology_of,
+)
+from experiments.plan_memory import memory_of
+from experiments.plan_search import estimate, meshes, search
+from experiments.plan_step import abstract_step
+from experiments.plan_time import seconds_of, time_of
+from model.flops import flops_per_token, parameter_count
+from model.presets import gpt2_mini, llama_tiny, modern_mini, modern_tiny
+from parallel.chips import CHIPS, GB, chip_named, group_bandwidth
+from parallel.mesh import AXES
+from parallel.traffic import Collective
+from train.optimizers import AdamW
+from train.settings import Phase, Settings, to_json
+
+ONE = dict.fromkeys(AXES, 1)
+TINY = modern_tiny(scan_layers=True, layers=4, heads=8, width=64, vocabulary_size=128)
+
+
+def settings_for(config, rows=16, time=32, **more):
+    return Settings(phases=(Phase(1, config, rows, time),), optimizer=AdamW(), **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        modern_mini(scan_layers=True, vocabulary_size=512, remat="full"),
+        modern_mini(scan_layers=True, vocabulary_size=512),
+        modern_mini(scan_layers=True, vocabulary_size=512, remat="dots", layers=8),
+        llama_tiny(scan_layers=True, layers=6, width=128, ffn_width=384, vocabulary_size=512),
+        gpt2_mini(scan_layers=True, dropout=0.0, vocabulary_size=512),
+    ],
+)
+def test_activations_by_arithmetic_are_near_what_xla_plans(config):
+    """0.95 to 1.25 times what XLA plans of temporaries on one CPU device, gradients included."""
+    settings = settings_for(config, 8, 128)
+    memory = memory_of(settings, ONE, Division())
+    compiled = abstract_step(settings, mesh_of("")).lower().compile()
+    planned = compiled.memory_analysis()
+    ratio = (memory.gradients + memory.activations) / planned.temp_size_in_bytes
+    assert 0.95 < ratio < 1.25
+    batch = 3 * 8 * 128 * 4
+    assert abs(memory.state + batch - planned.argument_size_in_bytes) < 1000
+
+
+@pytest.mark.slow
+def test_flops_are_those_of_a_step_without_loops():
+    """The analytic count, but for causality: XLA counts the whole square of the scores."""
+    config = modern_mini(vocabulary_size=512)
+    settings = settings_for(config, 4, 128)
+    compiled = abstract_step(settings, mesh_of("")).lower().compile()
+    tokens, half = 4 * 128, 128 / 2 - 0.5
+    scores = 4.0 * config.heads * config.head_width_ * config.layers * half
+    needed = 3 * (flops_per_token(config, 128) + scores) * tokens
+    # Norms, activations, softmax and the optimizer come on top of the products of matrices.
+    assert 1.0 < compiled.cost_analysis()["flops"] / needed < 1.15
+
+
+def test_each_axis_divides_what_it_is_there_for():
+    settings = settings_for(TINY, 64, 32)
+    one = memory_of(settings, ONE, Division())
+    by = {name: memory_of(settings, ONE | {name: 4}, Division()) for name in ("data", "tensor")}
+    assert by["data"].parameters == one.parameters
+    assert by["data"].saved == pytest.approx(one.saved / 4, rel=0.1)
+    assert by["tensor"].parameters < one.parameters / 2
+    assert by["tensor"].optimizer < one.optimizer / 2
+
+
+@pytest.mark.slow
+def test_strategies_divide_what_they_are_there_for():
+    settings = settings_for(TINY, 64, 32)
+    one = memory_of(settings, ONE, Division())
+    for axis in ("fsdp", "pipeline"):
+        held = memory_of(settings, ONE | {axis: 4}, Division())
+        assert held.parameters < one.parameters / 2
+        assert held.optimizer < one.optimizer / 2
+    zero1 = memory_of(settings, ONE | {"data": 4}, Division(("zero1",)))
+    assert zero1.parameters == one.parameters
+    assert zero1.optimizer < one.optimizer / 3
+    plain = memory_of(settings, ONE | {"tensor": 4}, Division())
+    assert memory_of(settings, ONE | {"tensor": 4}, Division(("sequence",))).saved < plain.saved
+    full = settings_for(dataclasses.replace(TINY, remat="full"), 64, 32)
+    assert memory_of(full, ONE, Division()).saved < one.saved / 4
+
+
+def test_large_models_have_the_published_sizes():
+    billions = {"llama2-7b": 6.74, "llama2-13b": 13.02, "llama2-70b": 68.98, "llama3-8b": 8.03,
+                "llama3-70b": 70.55}  # fmt: skip
+    for name, size in billions.items():
+        assert parameter_count(MODELS[name](scan_layers=True)) / 1e9 == pytest.approx(
+            size, abs=0.005
+        )
+
+
+def test_links_are_those_that_a_group_really_has():
+    sizes = {"data": 4, "pipeline": 1, "fsdp": 4, "context": 1, "tensor": 4}
+    h100, v5p = chip_named("h100"), chip_named("v5p")
+    assert group_bandwidth(h100, sizes, ["tensor"]) == 450 * GB
+    # Two of four places along fsdp are in a node of eight, and share two adapters.
+    assert group_bandwidth(h100, sizes, ["fsdp"]) == 2 * 50 * GB
+    assert group_bandwidth(h100, sizes, ["fsdp", "tensor"]) == 8 * 50 * GB
+    assert group_bandwidth(h100, sizes, ["data"]) == 50 * GB
+    assert group_bandwidth(v5p, sizes, ["data"]) == 200 * GB
+    assert group_bandwidth(v5p, sizes, ["data", "fsdp"]) == 400 * GB
+    assert all(chip.source for chip in CHIPS.values())
+
+
+def test_time_is_bounded_by_the_peak():
+    settings = settings_for(dataclasses.replace(TINY, dtype="bfloat16"), 64, 32)
+    sizes, chip = ONE | {"data": 8}, chip_named("h100")
+    memory = memory_of(settings, sizes, Division())
+    free = time_of(settings, sizes, Division(), chip, memory, 0.0)
+    assert free.matrices == pytest.approx(free.needed / free.available)
+    busy = time_of(settings, sizes, Division(), chip, memory, 1.0)
+    assert busy.slowest == pytest.approx(free.compute + 1.0)
+    assert busy.fastest == 1.0
+    assert busy.utilisation[0] < busy.utilisation[1] < free.utilisation[1] < 1
+    stages = time_of(settings, ONE | {"pipeline": 4, "data": 2}, Division(), chip, memory, 0.0)
+    assert stages.matrices > 7 / 4 * free.matrices  # M + n - 1 = 7 steps for 4, and the head
+    sums = [Collective("all-reduce", 3, 1000, ("data",), 8, True, "")]
+    assert seconds_of(chip, sizes, sums)[("data",)] == pytest.approx(3 * 1000 * 7 / 4 / 450e9)
+
+
+@pytest.mark.slow
+def test_a_search_ranks_what_fits():
+    chip = chip_named("v5e")
+    config = MODELS["gpt2_xl"](dtype="bfloat16", scan_layers=True, remat="full", dropout=0.0)
+    settings = settings_for(config, 16, 1024, vocabulary_multiple=128, loss_chunk=1024)
+    plans = search(settings, 4, chip)
+    assert plans
+    assert all(plan.fits(chip) for plan in plans)
+    speeds = [plan.time.slowest for plan in plans]
+    assert speeds == sorted(speeds)
+    # 16 bytes a parameter on every device are more than there is.
+    assert all(plan.sizes["data"] < 4 for plan in plans)
+    assert not search(settings, 1, chip)
+
+
+def test_meshes_are_all_there_are():
+    found = list(meshes(8))
+    assert len({tuple(sizes.values()) for sizes in found}) == len(found) == 35
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (Command(model="gpt9"), "no model is called 'gpt9'; there are gpt2, "),
+        (Command(chip="h9"), "no chip is called 'h9'; there are a100, "),
+        (Command(optimizer="sgdx"), "no optimizer is called 'sgdx'"),
+        (Command(search=True), "give --devices N"),
+        (Command(mesh="data=-1"), "say --devices N"),
+        (Command(mesh="data=3", devices=8), "is not the number of devices, 8"),
+        (Command(mesh="data=3", batch=16), "a batch of 16 rows does not divide over data=3"),
+        (Command(model="llama2-70b", devices=1, search=True, compile=0), "no mesh of 1 h100 holds"),
+    ],
+)
+def test_bad_input_is_a_sentence(command, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        run_command(command)
+
+
+def test_a_slice_that_nobody_rents_is_refused():
+    with pytest.raises(ValueError, match="no slice of 24 TPU v5e; there are slices of 1, 4, 8, 16"):
+        topology_of(chip_named("v5e"), 24)
+
+
+def test_sizes_take_what_is_left():
+    assert sizes_of(Command(mesh="tensor=8", devices=32))["data"] == 4
+    assert settings_of(Command(model="gpt2", sequence=2048)).phases[0].model.max_length == 2048
+
+
+@pytest.mark.slow
+def test_a_gpu_plan_has_the_traffic_of_bfloat16():
+    config = dataclasses.replace(TINY, dtype="bfloat16", vocabulary_size=512)
+    request = Request(to_json(settings_for(config)), "h100", "data=1,fsdp=8")
+    result = compile_elsewhere(request, 300)
+    assert result.verdict == FITS, result.message
+    assert all(each.exact for each in result.collectives)
+    up = 64 * 256 * 2
+    gathers = [each for each in result.collectives if each.kind == "all-gather"]
+    assert sum(each.times for each in gathers if each.parts == (up,)) == 2 * 2 * 4
+    scatters = [each for each in result.collectives if each.kind == "reduce-scatter"]
+    assert sum(each.times for each in scatters if each.parts == (up,)) == 2 * 4
+
+
+@pytest.mark.slow
+def test_a_plan_is_printed():
+    text = run_command(Command(model="gpt2_mini", mesh="fsdp=4,tensor=2", batch=16, sequence=256))
+    assert "traffic of a step, from the compiled program" in text
+    assert "by arithmetic: fits" in text
+    assert "utilisation at most" in text
+
+
+def test_a_refused_mesh_comes_back_as_a_sentence():
+    request = Request(to_json(settings_for(TINY, 6)), "h100", "data=4,tensor=2")
+    result = compile_elsewhere(request, 300)
+    assert result.verdict == REFUSED
+    assert "a batch of 6 rows does not divide" in result.message
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the compiler for TPUs: pip install -c constraints.txt -e '.[tpu-plan]'",
+)
+FORMS = [
+    ("data=8", (), ()),
+    ("data=8", ("zero1",), ()),
+    ("data=1,fsdp=8", (), ()),
+    ("data=1,tensor=8", (), ()),
+    ("data=1,tensor=8", ("sequence",), ()),
+    ("data=1,context=8", (), ()),
+    ("data=2,pipeline=4", (), ()),
+    ("data=2,fsdp=2,tensor=2", ("sequence",), ()),
+    ("fsdp=2,context=2,tensor=2,data=1", (), ()),
+    ("data=2,pipeline=2,tensor=2", (), ()),
+    ("data=2,pipeline=2,context=2", (), ()),
+    ("data=8", (), "none"),
+    ("data=8", (), "int8"),
+    ("data=8", (), "top_k"),
+    ("data=8", (), "powersgd"),
+]
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "more", "codec"), FORMS)
+def test_every_mesh_form_compiles_for_a_tpu(mesh, more, codec):
+    from experiments.parallel_methods import CompressedReduce
+
+    methods = (CompressedReduce(codec=codec),) if codec else ()
+    settings = settings_for(TINY, methods=methods)
+    result = compile_elsewhere(Request(to_json(settings), "v5e", mesh, more), 600)
+    assert result.verdict == FITS, result.message
+    assert result.collectives
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_every_shard_map_path_compiles_for_a_tpu():
+    child = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "tpu_programs.py"), "v5e", "8"],
+        env=child_environment(chip_named("v5e")),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    found = json.loads(child.stdout.splitlines()[-1])
+    assert set(found.values()) == {""}, found
+    assert len(found) == 4
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tpu_says_itself_what_is_too_much():
+    config = MODELS["llama3-8b"](dtype="bfloat16", scan_layers=True, remat="full")
+    settings = settings_for(config, 8, 1024, vocabulary_multiple=128)
+    result = compile_elsewhere(Request(to_json(settings), "v5e", "data=8"), 900)
+    assert result.verdict == NO_MEMORY, result.message
+    assert (
+        estimate(settings, ONE | {"data": 8}, Division(), chip_named("v5e")).memory.total
+        > 16 * 2**30
+    )
+
+
+def test_a_crash_is_a_verdict(tmp_path, monkeypatch):
+    """A child that dies says so, and takes nobody along."""
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'Fatal Error: boom' >&2\nexit 134\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    result = compile_elsewhere(Request(to_json(settings_for(TINY)), "h100", "data=8"))
+    assert result.verdict == CRASHED
+    assert "exit 134" in result.message
+    assert "boom" in result.message
+    assert jax.device_count() == 8
