@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from compress.awq import awq_params
 from compress.gptq import gptq_params
@@ -36,16 +34,9 @@ from compress.masks import Pattern, check_sparsity, magnitude, n_of_m, unstructu
 from compress.quantize import quantize_params, weight_rules
 from compress.smoothquant import smooth_params
 from compress.sparsegpt import sparsegpt_params
-from compress.structured_gates import part_shape
-from compress.structured_importance import (
-    by_activation,
-    by_loss,
-    by_magnitude,
-    by_taylor,
-    keep_best,
-)
 from compress.w8a8 import Activation, activation_ranges, integer_products
 from compress.wanda import by_output, wanda
+from experiments.compressor_structured import Structured
 from model.config import TransformerConfig
 from model.transformer import Transformer
 
@@ -233,43 +224,6 @@ class SparseGPT:
 
 
 @dataclass(frozen=True)
-class Structured:
-    """A smaller model: how many of each part to keep, None for all.
-
-    Attributes:
-      layers: blocks.
-      width: features of the stream.
-      groups: key/value heads, with their query heads.
-      neurons: of a feed-forward layer.
-      importance: what decides who stays.
-    """
-
-    layers: int | None = None
-    width: int | None = None
-    groups: int | None = None
-    neurons: int | None = None
-    importance: Literal["magnitude", "activation", "taylor", "loss"] = "activation"
-
-    def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
-        """Removes layers, then features, heads and neurons, each judged in what is left by then."""
-        keep = {part: n for part in PARTS if (n := getattr(self, part)) is not None}
-        if not keep:
-            raise ValueError(f"nothing is to be removed; say how many {', '.join(PARTS)} to keep")
-        for part, count in keep.items():
-            there = part_shape(model.config, part)[-1]
-            if not 1 <= count <= there:
-                raise ValueError(
-                    f"{count} {part} cannot be kept: there are {there}, keep 1 or more"
-                )
-        config = model.config
-        for part, count in keep.items():
-            now = model.clone(config=config)
-            scores = IMPORTANCE[self.importance](now, params, batches, part)
-            config, params = keep_best(config, params, part, scores, count)
-        return config, params
-
-
-@dataclass(frozen=True)
 class LowRankFactors:
     """Two thin factors in place of the blocks' kernels, see `compress.lowrank`.
 
@@ -330,8 +284,6 @@ class Compensated:
         return model.config, new
 
 
-PARTS = ("layers", "width", "groups", "neurons")
-
 COMPRESSORS: dict[str, Callable[[], Any]] = {
     "rtn": RoundToNearest,
     "gptq": GPTQ,
@@ -345,45 +297,6 @@ COMPRESSORS: dict[str, Callable[[], Any]] = {
     "compensated": Compensated,
 }
 """The methods, by the name that a command line uses."""
-
-
-def loss_on(model: Transformer, batches: Batches) -> Callable[[PyTree], jax.Array]:
-    """Returns `params -> mean cross-entropy` of the next tokens of some batches, traceable.
-
-    >>> from model.presets import gpt2_tiny
-    >>> model, tokens = Transformer(gpt2_tiny()), jnp.arange(16).reshape(2, 8)
-    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    >>> bool(loss_on(model, [tokens])(params) > 3)
-    True
-    """
-    tokens = [jnp.asarray(batch) for batch in batches]
-    count = sum(ids[:, 1:].size for ids in tokens)
-
-    @jax.jit
-    def loss(params: PyTree) -> jax.Array:
-        total = jnp.float32(0)
-        for ids in tokens:
-            logits: Any = model.apply({"params": params}, ids[:, :-1])
-            total += optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum()
-        return total / count
-
-    return loss
-
-
-def _by_loss(rank: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    def scores(model: Transformer, params: PyTree, batches: Batches, part: str) -> jax.Array:
-        return rank(loss_on(model, batches), model.config, params, part)
-
-    return scores
-
-
-IMPORTANCE: dict[str, Callable[..., jax.Array]] = {
-    "magnitude": lambda model, params, batches, part: by_magnitude(model.config, params, part),
-    "activation": by_activation,
-    "taylor": _by_loss(by_taylor),
-    "loss": _by_loss(by_loss),
-}
-"""`(model, params, batches, part) -> importance`, by name."""
 
 
 def _pattern(name: Name24, sparsity: float, default: Pattern) -> Pattern:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from model.linear import at_least_float32
 from train.optimizers.matrix import MatrixSettings
 from train.optimizers.orthogonal import (
     FORMS,
@@ -42,7 +43,8 @@ class Muon(MatrixSettings):
       newton_schulz_coefficients: see `train.optimizers.orthogonal.coefficients_named`.
       newton_schulz_form: see `train.optimizers.orthogonal.orthogonalize`; "auto" takes the one with
         fewer operations, and both give the same up to rounding.
-      newton_schulz_dtype: type of its products; bfloat16 is faster where the hardware has it.
+      newton_schulz_dtype: type of its products; bfloat16 is faster where the hardware has it, and
+        with "float32" those of float64 parameters are float64.
       preconditioning: scaling before the first iteration; all but "frobenius" orthogonalise better
         in as many steps, and "spectral" is much slower.
       consistent_rms: 0.2 gives the updates AdamW's root mean square, so that AdamW's rate and decay
@@ -137,7 +139,9 @@ def scale_by_orthogonal_momentum(
             direction = optax.tree.bias_correction(mu, momentum, count)
 
         def one(m, g):
-            made = orthogonalize(m.astype(dtype), coefficients, form, preconditioning)
+            # "float32" is the least: float64 parameters keep their precision
+            work = at_least_float32(m.dtype) if dtype == "float32" else dtype
+            made = orthogonalize(m.astype(work), coefficients, form, preconditioning)
             return made.astype(g.dtype)
 
         return jax.tree.map(one, direction, updates), MomentumState(count, mu)
