@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+jax.config.update("jax_platforms", "cpu")  # whatever else is there
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Most of a test's time is compilation, and tests compile the same programs again and again: what

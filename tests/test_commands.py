@@ -118,7 +118,7 @@ def biased(monkeypatch, letter):
         shift = {**run.params["final_norm"], "bias": 1e4 * table[wanted]}
         return dataclasses.replace(run, params={**run.params, "final_norm": shift})
 
-    monkeypatch.setattr(generate, "open_run", opened)
+    monkeypatch.setattr(generate, "adapted_run", lambda folder, step, _: opened(folder, step))
 
 
 def test_generation_stops_at_the_end_of_the_document(call, monkeypatch):
