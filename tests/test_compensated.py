@@ -47,6 +47,7 @@ def output_error(home, run):
     return float(jnp.square(a - b).mean())
 
 
+@pytest.mark.slow
 def test_factors_make_up_for_zeros(home, tmp_path):
     bare, _ = compressed(home, tmp_path / "bare", Magnitude(0.5))
     run, text = compressed(home, tmp_path / "small", Compensated("magnitude", rank=16))

@@ -203,6 +203,7 @@ def test_every_method_has_settings_that_tyro_reads(monkeypatch):
         assert left.value.code == 0
 
 
+@pytest.mark.slow
 def test_sparsegpt_prunes_and_quantizes_together(tmp_path, home, dense):
     assert share_of_zeros(do(home, tmp_path / "a", SparseGPT(0.25, block=8))) == [0.25] * 6
     run = do(home, tmp_path / "b", SparseGPT(pattern="2:4", format="q8_0", block=8))

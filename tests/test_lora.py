@@ -38,6 +38,7 @@ def dora_by_hand(w, a, b, m, axis):
     return np.expand_dims(np.asarray(m), axis) * v / np.linalg.norm(v, axis=axis, keepdims=True)
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_dora_is_the_papers_formula(axis):
     m = 1 + jax.random.uniform(KEYS[4], (6 if axis == -2 else 32,))

@@ -75,6 +75,7 @@ def size(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.variants(1)
 @pytest.mark.parametrize("method", [Lora(rank=2), Lora(rules=RULES, base="q4_0", also=(".*norm",))])
 def test_gradients_and_optimizer_state_are_of_what_trains(tmp_path, method):
     """In bytes: Adam has two moments of every number that trains, and one count."""
