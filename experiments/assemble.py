@@ -50,6 +50,11 @@ def assemble(settings: Settings, config: TransformerConfig, workers: int = 1) ->
     Raises:
       ValueError: settings that do not fit the model or each other.
     """
+    if getattr(settings.optimizer, "tail_fraction", None) is not None:
+        raise ValueError(
+            "tail_fraction averages weights that a run neither evaluates nor opens; leave it out, "
+            "or use train.optimizers.averaging.averaged in a loop of your own"
+        )
     whole = abstract_whole(settings, config)
     setup = Setup(config, whole, settings.steps, settings.micro_batches, workers)
     plugs = combine([method.build(setup) for method in settings.methods])

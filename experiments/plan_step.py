@@ -102,10 +102,13 @@ def abstract_step(
         parts.optimizer,
         transforms=parts.plugs.transforms,
         gradient=parts.plugs.gradient or whole,
-        micro_batches=settings.micro_batches,
+        # As in a run: a method's gradient function goes through them by itself.
+        micro_batches=settings.micro_batches if parts.plugs.gradient is None else 1,
         loss_chunk=settings.loss_chunk,
         max_nonfinite=settings.max_nonfinite,
     )
+    if parts.plugs.around is not None:
+        step = parts.plugs.around.step(step)
     with jax.set_mesh(mesh):
         state, frozen = abstract_state(settings, parts), abstract_frozen(settings, parts)
     shardings = of_state(layout, state)

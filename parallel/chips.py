@@ -50,6 +50,7 @@ class Chip(NamedTuple):
 
 
 _NVIDIA = "NVIDIA data sheet and DGX user guide: "
+_UNREAD = "not checked against a data sheet: "
 _GOOGLE = "cloud.google.com/tpu/docs/"
 
 CHIPS: dict[str, Chip] = {
@@ -58,13 +59,13 @@ CHIPS: dict[str, Chip] = {
         # NVLink is published as the sum of both directions: 600, 900, 1,800 GB/s. A DGX A100 has
         # eight adapters of 200 Gb/s, a DGX H100, H200 or B200 eight of 400 Gb/s: one for each GPU.
         Chip("a100", "gpu", 312e12, 156e12, 80e9, 2039 * GB, 300 * GB, 1, 8, 25 * GB, "", 0,
-             _NVIDIA + "A100 80GB SXM"),
+             _UNREAD + "A100 80GB SXM"),
         Chip("h100", "gpu", 989e12, 494e12, 80e9, 3350 * GB, 450 * GB, 1, 8, 50 * GB, "", 0,
              _NVIDIA + "H100 SXM"),
         Chip("h200", "gpu", 989e12, 494e12, 141e9, 4800 * GB, 450 * GB, 1, 8, 50 * GB, "", 0,
              _NVIDIA + "H200 SXM"),
         Chip("b200", "gpu", 2250e12, 1125e12, 180e9, 8000 * GB, 900 * GB, 1, 8, 50 * GB, "", 0,
-             _NVIDIA + "DGX B200"),
+             _UNREAD + "DGX B200"),
         # Interconnect is published per chip, all links and both directions: 400, 1,200, 800 GB/s,
         # over 4, 6 and 4 links.
         Chip("v5e", "tpu", 197e12, 197e12, 16 * GiB, 819 * GB, 50 * GB, 4, 256, 3.1 * GB, "v5e", 2,
