@@ -118,14 +118,6 @@ PAIRWISE = [
     for i, method in enumerate(CORE)
     for j, mesh in enumerate(MESHES)
 ]
-# `make test` runs four of them, in which every method, teacher and mesh has its turn.
-FIRST = [
-    ("dense", "alone", ""),
-    ("fake_int8", "alone", "tensor=2"),
-    ("prune", "taught", "data=2"),
-    ("lora", "taught", "fsdp=2"),
-]
-PAIRWISE = FIRST + [case for case in PAIRWISE if case not in FIRST]
 OTHERS = [method for method in METHODS if method not in CORE]
 # All products of the core; every other method on two meshes, every other teacher with each of the
 # core, in turn: the product of all would be 208 runs and twice as many resumed.
@@ -145,7 +137,6 @@ WHOLE = [
 WHOLE = [case for case in WHOLE if case not in PAIRWISE]
 
 
-@pytest.mark.variants(4)
 @pytest.mark.parametrize(("method", "taught", "mesh"), PAIRWISE)
 def test_methods_teachers_and_meshes_compose(home, tmp_path, method, taught, mesh):
     check(home, tmp_path, method, taught, mesh)

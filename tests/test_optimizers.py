@@ -108,8 +108,10 @@ def test_equals_optax_on_a_simple_tree(name):
 
     got, expected = run_with(ours), run_with(theirs)
     for path, update in by_path(got).items():
+        # Orthogonalisation mixes all elements of a matrix: small ones have the rounding of the
+        # others, which are 1e-2.
         np.testing.assert_allclose(
-            update, by_path(expected)[path], rtol=2e-5, atol=1e-8, err_msg=path
+            update, by_path(expected)[path], rtol=2e-5, atol=1e-7, err_msg=path
         )
 
 
