@@ -58,7 +58,14 @@ _FIXED: dict[str, dict[str, Any]] = {
     "gpt2": {"positions": "learned", "norm": "layernorm", "activation": "gelu", "biases": True},
     "llama": {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "biases": False},
 }
-_ABSENT: dict[str, Any] = {"qk_norm": False, "logit_softcap": None, "window": None}
+_ABSENT: dict[str, Any] = {
+    "qk_norm": False,
+    "logit_softcap": None,
+    "window": None,
+    "embedding_norm": False,
+    "embedding_shortcut": None,
+    "value_embeddings": False,
+}
 
 
 def architecture_of(config: TransformerConfig) -> str:

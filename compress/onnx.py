@@ -1,8 +1,8 @@
 """Writes a GPT-2-like model as ONNX: float32, or integer products for int8 kernels.
 
 A kernel of the format "int8" becomes `DynamicQuantizeLinear` of what it is multiplied with and
-`MatMulInteger`, which is how ONNX Runtime reaches a CPU's 8-bit instructions. All other quantized
-matrices become float32. Batch and length are free.
+`MatMulInteger`, which is how ONNX Runtime reaches a CPU's 8-bit instructions; a table of that
+format stays int8. All other quantized matrices become float32. Batch and length are free.
 
 Shapes: B batch, T time, D width, H heads, K head width, V vocabulary.
 """
@@ -49,20 +49,30 @@ class _Graph:
         self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
         return names[0] if outputs == 1 else names
 
-    def product(self, x: str, w: Any, name: str) -> str:
-        """x @ w, w [in, out]."""
+    def weight(self, w: Any, name: str) -> tuple[str, str | None]:
+        """A matrix as it lies in storage, and the scales of its numbers where they are int8."""
         if not _is_int8(w):
-            return self.add("MatMul", x, self.constant(_real(w), name))
-        numbers = np.asarray(w.values)
-        kernel = self.constant(numbers.T if w.transposed else numbers, name)
+            return self.constant(_real(w), name), None
         scales = self.constant(np.asarray(w.scales, np.float32).reshape(-1), f"{name}_scales")
+        numbers = np.asarray(w.values)
+        return self.constant(numbers.T if w.transposed else numbers, name), scales
+
+    def product(self, x: str, kernel: str, scales: str | None) -> str:
+        """x @ kernel, kernel [in, out] with a scale for each output or none."""
+        if scales is None:
+            return self.add("MatMul", x, kernel)
         q, scale, zero = self.add("DynamicQuantizeLinear", x, outputs=3)
         y = self.add("Cast", self.add("MatMulInteger", q, kernel, zero), to=1)
         return self.add("Mul", y, self.add("Mul", scale, scales))
 
-    def rows(self, ids: str, table: Any, name: str) -> str:
-        """The rows `ids` of a table [rows, width]."""
-        return self.add("Gather", self.constant(_real(table), name), ids)
+    def rows(self, ids: str, table: str, scales: str | None) -> str:
+        """The rows `ids` of a table [rows, width] with a scale for each row or none."""
+        rows = self.add("Gather", table, ids)
+        if scales is None:
+            return rows
+        wide = self.constant(np.array([-1], np.int64))
+        of_each = self.add("Unsqueeze", self.add("Gather", scales, ids), wide)
+        return self.add("Mul", self.add("Cast", rows, to=1), of_each)
 
 
 def write_onnx(path: Path, config: TransformerConfig, params: PyTree) -> None:
@@ -120,7 +130,8 @@ def _forward(g: _Graph, c: TransformerConfig, params: PyTree) -> str:
         g.add("Unsqueeze", places, one),
         g.add("Unsqueeze", places, g.constant(np.array([0], np.int64))),
     )
-    hidden = g.constant(np.float32(-np.inf))
+    # Added to the scores: ONNX Runtime takes longer to choose among as many than over the softmax.
+    mask = g.add("Where", seen, g.constant(np.float32(0)), g.constant(np.float32(-np.inf)))
     to_heads = g.constant(np.array([0, 0, c.heads, c.head_width_], np.int64))
     from_heads = g.constant(np.array([0, 0, c.width], np.int64))
     shrink = g.constant(np.float32(c.head_width_**-0.5))
@@ -130,15 +141,12 @@ def _forward(g: _Graph, c: TransformerConfig, params: PyTree) -> str:
         return g.add("LayerNormalization", x, scale, bias, epsilon=c.norm_epsilon)
 
     def linear(x: str, p: PyTree, name: str) -> str:
-        y = g.product(x, p["kernel"], f"{name}_kernel")
+        y = g.product(x, *g.weight(p["kernel"], f"{name}_kernel"))
         return g.add("Add", y, g.constant(_real(p["bias"]), f"{name}_bias"))
 
-    table = params["token_embedding"]["embedding"]
-    x = g.add(
-        "Add",
-        g.rows("tokens", table, "token_embedding"),
-        g.rows(places, params["position_embedding"]["embedding"], "position_embedding"),
-    )
+    table, by_row = g.weight(params["token_embedding"]["embedding"], "token_embedding")
+    at_places = g.weight(params["position_embedding"]["embedding"], "position_embedding")
+    x = g.add("Add", g.rows("tokens", table, by_row), g.rows(places, *at_places))
     for i in range(c.layers):
         p = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
         h = norm(x, p["attention_norm"], f"{i}_attention_norm")
@@ -151,7 +159,7 @@ def _forward(g: _Graph, c: TransformerConfig, params: PyTree) -> str:
             for n in "qkv"
         )
         scores = g.add("Mul", g.add("MatMul", q, k), shrink)
-        weights = g.add("Softmax", g.add("Where", seen, scores, hidden), axis=-1)
+        weights = g.add("Softmax", g.add("Add", scores, mask), axis=-1)
         y = g.add("Transpose", g.add("MatMul", weights, v), perm=[0, 2, 1, 3])
         y = g.add("Reshape", y, from_heads)
         x = g.add("Add", x, linear(y, p["attention"]["o"], f"{i}_o"))
@@ -159,7 +167,9 @@ def _forward(g: _Graph, c: TransformerConfig, params: PyTree) -> str:
         h = g.add("Gelu", linear(h, p["mlp"]["up"], f"{i}_up"), approximate="tanh")
         x = g.add("Add", x, linear(h, p["mlp"]["down"], f"{i}_down"))
     final = norm(x, params["final_norm"], "final_norm")
-    return g.product(final, table.T if c.tied_head else params["head"]["kernel"], "head")
+    if c.tied_head:  # written once; a runtime turns it as it loads
+        return g.product(final, g.add("Transpose", table, perm=[1, 0]), by_row)
+    return g.product(final, *g.weight(params["head"]["kernel"], "head"))
 
 
 def _is_int8(w: Any) -> bool:

@@ -85,6 +85,7 @@ def keep_groups(config: TransformerConfig, params: PyTree, groups_Lg: Any) -> Mo
     >>> small.heads, small.kv_heads, small.head_width
     (2, 1, 8)
     """
+    check_no_shortcuts(config, ("value_embeddings",))
     index = check_indices(groups_Lg, (config.layers,), config.kv_heads_, "key/value heads")
     ratio = config.heads // config.kv_heads_
     keys = _spans(index, config.head_width_)
@@ -155,6 +156,7 @@ def keep_layers(config: TransformerConfig, params: PyTree, layers_l: Any) -> Mod
     >>> keep_layers(config, params, [1])[0].window
     (8,)
     """
+    check_no_shortcuts(config, ("value_embeddings",))
     index = check_indices(layers_l, (), config.layers, "layers")
     if (np.diff(index) <= 0).any():
         raise ValueError(f"layers keep their order: give {sorted(index.tolist())}, not {layers_l}")
@@ -164,6 +166,18 @@ def keep_layers(config: TransformerConfig, params: PyTree, layers_l: Any) -> Mod
     small = dataclasses.replace(config, layers=len(index), window=window)
     blocks = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
     return small, {**params, "blocks": blocks}
+
+
+def check_no_shortcuts(config: TransformerConfig, names: Sequence[str]) -> None:
+    """Raises ValueError if the model has a shortcut past its blocks that would have to be cut too.
+
+    >>> check_no_shortcuts(TransformerConfig(value_embeddings=True), ["embedding_norm"])
+    """
+    if there := [name for name in names if getattr(config, name) not in (None, False)]:
+        raise ValueError(
+            f"{', '.join(there)} is not cut with the blocks; prune a model without, or other parts "
+            "of it"
+        )
 
 
 def check_indices(values: Any, lead: tuple[int, ...], size: int, what: str) -> np.ndarray:

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.structured import Model, check_indices, cut_blocks, replace_linear
+from compress.structured import (
+    Model,
+    check_indices,
+    check_no_shortcuts,
+    cut_blocks,
+    replace_linear,
+)
 from model.config import TransformerConfig
 
 PyTree = Any
@@ -72,6 +78,7 @@ def keep_width(config: TransformerConfig, params: PyTree, features_d: Any) -> Mo
     >>> small.width, small.head_width, small.ffn_width, round(small.norm_epsilon * 1e5, 4)
     (24, 8, 128, 1.3333)
     """
+    check_no_shortcuts(config, ("embedding_norm", "embedding_shortcut", "value_embeddings"))
     index = check_indices(features_d, (), config.width, "features")
     gone = np.setdiff1d(np.arange(config.width), index)
     factor = config.width / len(index)

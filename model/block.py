@@ -18,6 +18,7 @@ from model.config import TransformerConfig
 from model.linear import Linear
 from model.norm import Norm
 from model.positions import Rotation, rotate
+from model.shortcuts import Beside, Shortcut, gated_value
 
 # name -> (function, whether it multiplies a gate with a second product)
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
@@ -58,6 +59,7 @@ class SelfAttention(nn.Module):
         visibility: Visibility,
         turn: Rotation | None,
         cache: dict[str, jax.Array] | None,
+        beside: Beside = Beside(),  # noqa: B008 (an immutable tuple)
     ) -> tuple[jax.Array, dict[str, jax.Array] | None, dict[str, jax.Array]]:
         c = self.config
         B, T, D = x_BTD.shape
@@ -69,6 +71,8 @@ class SelfAttention(nn.Module):
             )
             for name, n in heads.items()
         )
+        if beside.value is not None:
+            v = v + self.constrain(gated_value(x_BTD, beside), by_head)
         if c.qk_norm:
             q, k = norm(c, "q_norm", "rmsnorm")(q), norm(c, "k_norm", "rmsnorm")(k)
         if turn is not None:
@@ -122,15 +126,29 @@ class Block(nn.Module):
         visibility: Visibility,
         turn: Rotation | None,
         cache: dict[str, jax.Array] | None,
+        beside: Beside | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
         c = self.config
+        if beside is None:
+            if c.embedding_shortcut is not None or c.value_embeddings:
+                raise ValueError(
+                    "the blocks of this model read the embedding or value embeddings besides the "
+                    "stream, and here they run on the stream alone; use a model without "
+                    "embedding_shortcut and value_embeddings"
+                )
+            beside = Beside()
         drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         # Time may be divided in the stream that is not inside a branch, where heads are.
         inside, stream = ("batch", "branch", "width"), ("batch", "time", "width")
 
+        if c.embedding_shortcut is not None:
+            dtype = jnp.dtype(c.parameter_dtype)
+            mix = Shortcut(c.embedding_shortcut, dtype, name="shortcut")
+            assert beside.start is not None
+            x_BTD = mix(x_BTD, beside.start)
         h_BTD = self.constrain(norm(c, "attention_norm")(x_BTD), inside)
         attend = SelfAttention(c, self.attention, self.constrain, name="attention")
-        y_BTD, cache, captured = attend(h_BTD, visibility, turn, cache)
+        y_BTD, cache, captured = attend(h_BTD, visibility, turn, cache, beside)
         x_BTD = x_BTD + drop(self.constrain(y_BTD, stream))
 
         h_BTD = self.constrain(norm(c, "mlp_norm")(x_BTD), inside)

@@ -40,8 +40,21 @@ class TransformerConfig:
       zero_init_projections: start `attention/o` and `mlp/down` at zero, so that every block starts
         as the identity; otherwise they start at `init_std / sqrt(2 * layers)` as in GPT-2.
       init_std: standard deviation of the initial kernels and embeddings.
+      embedding_norm: RMSNorm without a scale on what enters the first block.
+      embedding_shortcut: before each block the stream x becomes `a x + b e`, e being what entered
+        the first block, normalised as by `embedding_norm`; a and b are learned numbers of each
+        layer, and this is what b starts at (a at 1; 0.1 in nanochat, 0 changes nothing at first).
+        None for no shortcut. After Jordan et al., modded-nanogpt, record 9.
+      value_embeddings: every second layer, the last among them, adds to its values those of a table
+        of its own, looked up by token and gated by head with `2 sigmoid(.)` of the first 32
+        features that the layer reads (Zhou et al. 2024, arXiv:2410.17897, in nanochat's form).
       dropout: rate applied where GPT-2 does: embeddings, attention probabilities and the output of
-        each branch. Active only when `apply` is given a "dropout" rng.
+        each branch. Like the next two active only when `apply` is given a "dropout" rng.
+      layer_drop: rate at which the last block is left out for a whole batch; that of block l is
+        `l / L` of it. What a block adds is divided by its chance to stay (Huang et al. 2016,
+        arXiv:1603.09382; by the batch as in Zhang & He 2020, arXiv:2010.13369, to save its time).
+      token_drop: share of the tokens of a row that pass by each block but the first and the last,
+        drawn anew for each (random-LTD, Yao et al. 2022, arXiv:2211.11586).
       dtype: type of the computation ("float32", "bfloat16").
       parameter_dtype: type that parameters are kept in.
       scan_layers: run the blocks under `lax.scan` (compiles once per block) instead of a Python
@@ -77,7 +90,12 @@ class TransformerConfig:
     window: int | tuple[int, ...] | None = None
     zero_init_projections: bool = False
     init_std: float = 0.02
+    embedding_norm: bool = False
+    embedding_shortcut: float | None = None
+    value_embeddings: bool = False
     dropout: float = 0.0
+    layer_drop: float = 0.0
+    token_drop: float = 0.0
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     parameter_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     scan_layers: bool = False
@@ -104,8 +122,11 @@ class TransformerConfig:
             )
         if self.positions == "rotary" and self.head_width_ % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.head_width_}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        for name in ("dropout", "layer_drop", "token_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+                )
         if isinstance(self.window, list):  # JSON has no tuples
             object.__setattr__(self, "window", tuple(self.window))
         if isinstance(self.window, tuple) and len(self.window) != self.layers:
@@ -132,6 +153,27 @@ class TransformerConfig:
         """Feed-forward width F, with the default filled in."""
         return 4 * self.width if self.ffn_width is None else self.ffn_width
 
+    @property
+    def random(self) -> bool:
+        """Whether training draws anything at random: it then needs a "dropout" rng."""
+        return bool(self.dropout or self.layer_drop or self.token_drop)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """The layers with a value embedding.
+
+        >>> TransformerConfig(layers=5, value_embeddings=True).value_layers
+        (0, 2, 4)
+        """
+        return tuple(range((self.layers - 1) % 2, self.layers, 2)) if self.value_embeddings else ()
+
+    @property
+    def value_gate_inputs(self) -> int:
+        """Features that the gate of a value embedding reads."""
+        return min(VALUE_GATE_INPUTS, self.width)
+
+
+VALUE_GATE_INPUTS = 32  # as in nanochat; a gate over all features trained no better there
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "positions": ("learned", "rotary"),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import TransformerConfig
+from model.drop import kept_tokens, survival
 from model.transformer import Transformer
 
 
@@ -42,6 +43,28 @@ def flops_per_token(config: TransformerConfig, length: int) -> float:
     return block_flops(config, length) + head_flops(config)
 
 
+def training_flops_per_token(config: TransformerConfig, length: int) -> float:
+    """Returns what a training step costs for each token: three times the forward pass.
+
+    Blocks that `layer_drop` leaves out count by their chance to stay, and the tokens that
+    `token_drop` lets pass by a block do not count there.
+
+    >>> from model.presets import gpt2
+    >>> training_flops_per_token(gpt2(), 1024) == 3 * flops_per_token(gpt2(), 1024)
+    True
+    >>> half = gpt2(layer_drop=0.5)  # 0.73 of the blocks
+    >>> round(training_flops_per_token(half, 1024) / 3e6)
+    215
+    """
+    chances = survival(config.layers, config.layer_drop)
+    total = head_flops(config)
+    for layer, chance in enumerate(chances):
+        inner = config.token_drop and 0 < layer < config.layers - 1
+        kept = kept_tokens(length, config.token_drop) if inner else length
+        total += float(chance) * layer_flops(config, layer, kept) * kept / length
+    return 3.0 * total
+
+
 def block_flops(config: TransformerConfig, length: int) -> float:
     """Returns what of `flops_per_token` the blocks take.
 
@@ -49,12 +72,18 @@ def block_flops(config: TransformerConfig, length: int) -> float:
     >>> round(block_flops(gpt2(), 1024) / 1e6)
     189
     """
-    D, F, L = config.width, config.ffn_width_, config.layers
-    K, H, G = config.head_width_, config.heads, config.kv_heads_
+    return sum(layer_flops(config, layer, length) for layer in range(config.layers))
+
+
+def layer_flops(config: TransformerConfig, layer: int, length: int) -> float:
+    """Returns what of `block_flops` block number `layer` takes."""
+    D, F, K = config.width, config.ffn_width_, config.head_width_
+    H, G = config.heads, config.kv_heads_
     kernels = D * K * (2 * H + 2 * G) + D * F * (3 if config.activation == "swiglu" else 2)
-    windows = config.window if isinstance(config.window, tuple) else (config.window,) * L
-    seen = sum(_mean_visible(length, window) for window in windows)
-    return 2.0 * L * kernels + 4.0 * H * K * seen
+    if layer in config.value_layers:
+        kernels += config.value_gate_inputs * G
+    window = config.window[layer] if isinstance(config.window, tuple) else config.window
+    return 2.0 * kernels + 4.0 * H * K * _mean_visible(length, window)
 
 
 def head_flops(config: TransformerConfig) -> float:

@@ -9,6 +9,7 @@ Shapes: B batch, S cache slots, C chunk, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -243,6 +244,17 @@ def _generate(
     B = tokens_BS.shape[0]
     chunk = _chunk(model.config)
     last_B = lengths_B - 1
+    # Taken apart once: sliced inside the loop, every weight would be copied once a token.
+    by_layer = {**params, "blocks": _split(params["blocks"], model.config.layers)}
+
+    def run(ids_BT, positions, cache_by_layer):
+        """`features` with weights and cache layer by layer, so that no step copies either."""
+        stacked = {name: _stack(part) for name, part in cache_by_layer.items() if name != "length"}
+        cache = {**stacked, "length": cache_by_layer["length"]}
+        weights = {**by_layer, "blocks": _stack(by_layer["blocks"])}
+        out = features(model, weights, ids_BT, positions, cache=cache)
+        assert out.cache is not None
+        return out.final, _cache_by_layer(out.cache, model.config.layers)
 
     def read_chunk(carry):
         start, cache, final_BD = carry
@@ -252,45 +264,54 @@ def _generate(
         positions = jnp.minimum(places, model.config.max_length - 1)[None] + jnp.zeros(
             (B, 1), jnp.int32
         )
-        out = features(model, params, chunk_BC, positions, cache=cache)
+        final_BCD, cache = run(chunk_BC, positions, cache)
         here_B = (last_B >= start) & (last_B < start + chunk)
         offset_B = jnp.clip(last_B - start, 0, chunk - 1)
-        picked_BD = jnp.take_along_axis(out.final, offset_B[:, None, None], axis=1)[:, 0]
-        return start + chunk, out.cache, jnp.where(here_B[:, None], picked_BD, final_BD)
+        picked_BD = jnp.take_along_axis(final_BCD, offset_B[:, None, None], axis=1)[:, 0]
+        return start + chunk, cache, jnp.where(here_B[:, None], picked_BD, final_BD)
 
-    def next_token(final_BD, step):
+    def put(tokens_BS, final_BD, ends_B, live_B, step):
+        """Draws token number `step` of each row, writes it, and says which rows go on."""
         logits_BV = head(model, params, final_BD)
-        return sample(logits_BV, jax.random.fold_in(key, step), sampling)
-
-    def put(tokens_BS, ids_B, places_B, live_B):
-        slots_B = jnp.where(live_B, places_B, tokens_BS.shape[1])  # past the end: dropped
-        return tokens_BS.at[jnp.arange(B), slots_B].set(ids_B, mode="drop")
-
-    def add_token(carry):
-        tokens_BS, cache, final_BD, ends_B, live_B, step = carry
-        ids_B = next_token(final_BD, step)
-        tokens_BS = put(tokens_BS, ids_B, ends_B, live_B)
+        ids_B = sample(logits_BV, jax.random.fold_in(key, step), sampling)
+        slots_B = jnp.where(live_B, ends_B, tokens_BS.shape[1])  # past the end: dropped
+        tokens_BS = tokens_BS.at[jnp.arange(B), slots_B].set(ids_B, mode="drop")
         ends_B = ends_B + live_B.astype(jnp.int32)
         stopped_B = (ids_B[:, None] == stop_tokens[None]).any(axis=1)
         live_B = live_B & ~stopped_B & (step + 1 < max_new_tokens)
+        return tokens_BS, ids_B, ends_B, live_B, step + 1
 
-        def read(cache_final):
-            out = features(model, params, ids_B[:, None], cache=cache_final[0])
-            return out.cache, out.final[:, 0]
-
-        # The last token need not be read. A row that has stopped writes on past its end, unseen.
-        cache, final_BD = jax.lax.cond(live_B.any(), read, lambda same: same, (cache, final_BD))
-        return tokens_BS, cache, final_BD, ends_B, live_B, step + 1
+    def add_token(carry):
+        # A row that has stopped writes on past its end, unseen. The last token is never read.
+        (tokens_BS, ids_B, ends_B, live_B, step), cache = carry
+        final_B1D, cache = run(ids_B[:, None], None, cache)
+        return put(tokens_BS, final_B1D[:, 0], ends_B, live_B, step), cache
 
     config = model.config
-    cache = make_cache(config, B, slots)
+    cache = _cache_by_layer(make_cache(config, B, slots), config.layers)
     final_BD = jnp.zeros((B, config.width), jnp.dtype(config.dtype))
     _, cache, final_BD = jax.lax.while_loop(
         lambda carry: carry[0] < lengths_B.max(), read_chunk, (jnp.int32(0), cache, final_BD)
     )
     cache = {**cache, "length": lengths_B}
-    start = (tokens_BS, cache, final_BD, lengths_B, jnp.ones((B,), bool), jnp.int32(0))
-    tokens_BS, _, _, ends_B, _, _ = jax.lax.while_loop(
-        lambda carry: carry[4].any(), add_token, start
+    first = put(tokens_BS, final_BD, lengths_B, jnp.ones((B,), bool), jnp.int32(0))
+    (tokens_BS, _, ends_B, _, _), _ = jax.lax.while_loop(
+        lambda carry: carry[0][3].any(), add_token, (first, cache)
     )
     return tokens_BS, ends_B
+
+
+def _cache_by_layer(cache: Cache, layers: int) -> dict[str, Any]:
+    """Returns the cache with the stacked parts as lists by layer, which a loop updates in place."""
+    parts = {name: part for name, part in cache.items() if name != "length"}
+    return {**{n: _split(part, layers) for n, part in parts.items()}, "length": cache["length"]}
+
+
+def _split(stacked: Any, layers: int) -> list[Any]:
+    """Returns a tree of leaves [L, ...] as L trees."""
+    return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(layers)]
+
+
+def _stack(by_layer: list[Any]) -> Any:
+    """The inverse of `_split`. Where the model takes layers apart again, XLA cancels both."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)

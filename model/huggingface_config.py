@@ -12,8 +12,14 @@ from model.huggingface_layouts import LAYOUTS, REQUIRED, Constant, Entry, Layout
 
 _KINDS: dict[type, tuple[type, ...]] = {float: (int, float)}  # what JSON may hold for a kind
 
-NOT_HELD = ("dtype", "parameter_dtype", "scan_layers", "remat", "zero_init_projections")
-"""Config fields that say how to run or start a model, not what it computes: no format has them."""
+NOT_HELD = (
+    *("dtype", "parameter_dtype", "scan_layers", "remat", "zero_init_projections"),
+    *("layer_drop", "token_drop"),
+)
+"""Config fields that say how to run, train or start a model, not what it computes.
+
+No format has them.
+"""
 
 TRAINING_ONLY = ("dropout",)
 """Config fields without a part in the logits: a format that cannot hold them only warns."""

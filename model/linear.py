@@ -34,13 +34,69 @@ def weight(module: nn.Module, name: str, init: Initializer, shape: Sequence[int]
     return value
 
 
-def linear(x: jax.Array, w: Weight) -> jax.Array:
+def cpu_forms(platform: str | None = None) -> bool:
+    """Whether to compute in the forms that XLA:CPU runs fastest; the results are the same.
+
+    Args:
+      platform: what the program is for ("cpu", "gpu", "tpu"); by default the backend. A CPU that
+        plays several devices rehearses another platform's program, and is given that one's forms.
+        So is the inside of a `shard_map`: where x differs by device and w does not, the gradient of
+        w is summed by JAX, which a gradient of our own would have to do itself.
+
+    >>> cpu_forms("cpu"), cpu_forms("gpu")
+    (True, False)
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return False
+    if platform is None:
+        return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return platform == "cpu"
+
+
+def linear(x: jax.Array, w: Weight, platform: str | None = None) -> jax.Array:
     """Returns `x @ w` in the type of `x`; x is [..., in], w has logical shape [in, out].
 
     >>> linear(jnp.ones((2, 3)), jnp.eye(3)).shape
     (2, 3)
     """
-    return x @ (w.astype(x.dtype) if isinstance(w, jax.Array) else w)
+    if not isinstance(w, jax.Array):
+        return x @ w
+    w = w.astype(x.dtype)
+    return _linear_cpu(x, w) if cpu_forms(platform) and x.ndim > 1 else x @ w
+
+
+@jax.custom_vjp
+def _linear_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w` whose gradient makes dy real once, and whose dw is x' dy as it is to be stored.
+
+    XLA:CPU otherwise recomputes dy, element by element with a stride, inside the transpose that
+    feeds dw: for the residual stream that is every branch above, added up again for each layer.
+    """
+    return x @ w
+
+
+def _linear_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _linear_backward(saved, dy):
+    x, w = saved
+    dy = real(dy.reshape(-1, dy.shape[-1]))
+    dx = jax.lax.dot_general(dy, w, (((1,), (1,)), ((), ())))
+    dw = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), dy, (((0,), (0,)), ((), ())))
+    return dx.reshape(x.shape), dw
+
+
+_linear_cpu.defvjp(_linear_forward, _linear_backward)
+
+
+def real(x: jax.Array) -> jax.Array:
+    """Returns x, as an array that XLA:CPU computes once and fuses into nothing that reads it.
+
+    A conditional on a run-time value does it (JAX itself removes one whose branches are the same);
+    `optimization_barrier` is taken out before fusion.
+    """
+    return jax.lax.cond(x.reshape(-1)[0] > 0, lambda x: x, lambda x: x + 0, x)
 
 
 def take(w: Weight, ids: jax.Array, dtype) -> jax.Array:

@@ -8,19 +8,29 @@ Shapes: B batch, T time, D width, V vocabulary, L layers, N positions of any bat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from model.attention import Attention, Visibility, dot_product_attention
-from model.block import Block, BlockOutput, Constrain, no_constraint, norm
+from model.block import (
+    Block,
+    BlockOutput,
+    Constrain,
+    no_constraint,
+    norm,
+)
 from model.cache import Cache
 from model.config import TransformerConfig
+from model.drop import RunBlock, sometimes, survival, thinned
 from model.linear import at_least_float32, linear, take, weight
 from model.positions import rotation
+from model.shortcuts import Beside, ValueTable, beside_of, unit_rms
 
 CAPTURES = ("hidden", "attention")
 Stage = Callable[[Any, Any], Any]
@@ -78,6 +88,8 @@ class Transformer(nn.Module):
         self.token_embedding = Table((c.vocabulary_size, c.width), normal, "embedding", dtype)
         if c.positions == "learned":
             self.position_embedding = Table((c.max_length, c.width), normal, "embedding", dtype)
+        if c.value_embeddings:
+            self.value_embedding = ValueTable(c)
         self.blocks = weight(self, "blocks", _init_blocks(c), (), None)
         self.final_norm = norm(c, "final_norm")
         if not c.tied_head:
@@ -133,8 +145,10 @@ class Transformer(nn.Module):
         x_BTD = take(self.token_embedding(), tokens_BT, dtype)
         if c.positions == "learned":
             x_BTD = x_BTD + take(self.position_embedding(), positions_BT, dtype)
-        drops = c.dropout and self.has_rng("dropout")
-        x_BTD = self.dropout(x_BTD, deterministic=not drops)
+        if c.embedding_norm:
+            x_BTD = unit_rms(x_BTD, c.norm_epsilon)
+        drops = c.random and self.has_rng("dropout")
+        x_BTD = self.dropout(x_BTD, deterministic=not (c.dropout and drops))
         x_BTD = self.constrain(x_BTD, ("batch", "time", "width"))
 
         # parent=None: the block is a function here, not a submodule with parameters of its own.
@@ -142,38 +156,54 @@ class Transformer(nn.Module):
         layers = {
             "params": self.blocks,
             "key": jax.random.split(self.make_rng("dropout"), c.layers) if drops else None,
-            "window": jnp.array(c.window) if isinstance(c.window, tuple) else None,
+            # Numbers of NumPy stay plain numbers in a Python loop over layers.
+            "window": np.array(c.window) if isinstance(c.window, tuple) else None,
+            "survival": survival(c.layers, c.layer_drop) if c.layer_drop and drops else None,
             "cache": None if cache is None else {"k": cache["k"], "v": cache["v"]},
         }
+        if c.value_embeddings:
+            values_BTnGK, gate_LCG, table_L, share_L = self.value_embedding(tokens_BT)
+            layers |= {"gate": gate_LCG, "table": table_L, "share": share_L}
 
         def run(layers: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
-            turn = None
+            beside = {name: rows[name] for name in ("segments", "start", "values") if name in rows}
             if c.positions == "rotary":
                 places_BT = rows.get("positions", jnp.arange(T)[None])
-                turn = rotation(places_BT, c.head_width_, c.rotary_base)
+                beside["turn"] = rotation(places_BT, c.head_width_, c.rotary_base)
 
-            def body(x_BTD: jax.Array, layer: dict[str, Any]):
+            def body(x_BTD: jax.Array, layer: dict[str, Any], token_drop: float = 0.0):
                 window: Any = c.window if layer["window"] is None else layer["window"]
-                rngs = {} if layer["key"] is None else {"dropout": layer["key"]}
-                visibility = Visibility(first_B, rows.get("segments"), window)
-                y_BTD, out = cast(
-                    tuple[jax.Array, BlockOutput],
-                    block.apply(
-                        {"params": layer["params"]},
-                        *(x_BTD, visibility, turn, layer["cache"]),
-                        rngs=rngs,
-                    ),
-                )
+                window = int(window) if isinstance(window, np.integer) else window
+                key = layer["key"]
+
+                def run_block(x_BTD: jax.Array, beside: Any) -> tuple[jax.Array, BlockOutput]:
+                    visibility = Visibility(first_B, beside.get("segments"), window)
+                    more = beside_of(layer, beside)
+                    turn, rngs = beside.get("turn"), {} if key is None else {"dropout": key}
+                    args = (x_BTD, visibility, turn, layer["cache"], more)
+                    made = block.apply({"params": layer["params"]}, *args, rngs=rngs)
+                    return cast(tuple[jax.Array, BlockOutput], made)
+
+                runs: RunBlock = run_block
+                if token_drop:
+                    runs = thinned(runs, token_drop, jax.random.fold_in(key, 1))
+                if layer["survival"] is not None:
+                    runs = sometimes(runs, layer["survival"], jax.random.fold_in(key, 2))
+                y_BTD, out = runs(x_BTD, beside)
                 y_BTD = self.constrain(y_BTD, ("batch", "time", "width"))
                 saved = {
-                    "cache": out.cache,
+                    "cache": None if out is None else out.cache,
                     "hidden": x_BTD if "hidden" in capture else None,
                     "attention": out.captured if "attention" in capture else None,
                 }
                 return y_BTD, saved
 
             over_layers = _scan if c.scan_layers else _loop
-            return over_layers(_remat(body, c), rows["stream"], layers)
+            whole = _remat(body, c)
+            if not (c.token_drop and drops):
+                return over_layers(whole, rows["stream"], layers)
+            thin = _remat(functools.partial(body, token_drop=c.token_drop), c)
+            return _ends_whole(over_layers, whole, thin, rows["stream"], layers)
 
         # What blocks need of each row goes with it.
         rows = {"stream": x_BTD}
@@ -181,6 +211,10 @@ class Transformer(nn.Module):
             rows["positions"] = jnp.broadcast_to(positions_BT, (B, T))
         if segments_BT is not None:
             rows["segments"] = segments_BT
+        if c.embedding_shortcut is not None:
+            rows["start"] = unit_rms(x_BTD, c.norm_epsilon)
+        if c.value_embeddings:
+            rows["values"] = values_BTnGK
         if self.pipeline is None:
             y_BTD, saved = run(layers, rows)
         else:
@@ -215,6 +249,17 @@ class Transformer(nn.Module):
             raise ValueError(f"cannot capture {unknown}; choose from {', '.join(CAPTURES)}")
         if cache is not None and segments_BT is not None:
             raise ValueError("segments and a cache do not go together: decode one document a row")
+        if c.token_drop and self.has_rng("dropout") and (c.layers < 3 or c.window is not None):
+            raise ValueError(
+                f"token_drop leaves the first and the last block whole and its rows have gaps, "
+                f"which does not go with {c.layers} layers and window={c.window}; use at least 3 "
+                "layers and no window, or leave token_drop out"
+            )
+        if self.has_rng("dropout") and (c.token_drop or c.layer_drop) and "attention" in capture:
+            raise ValueError(
+                "blocks that are left out, or leave tokens out, have no attention to capture; "
+                "train without layer_drop and token_drop, or without the loss that looks at it"
+            )
         if self.pipeline is not None and (cache is not None or capture):
             what = "a cache" if cache is not None else " and ".join(capture)
             raise ValueError(
@@ -268,8 +313,9 @@ def _init_blocks(config: TransformerConfig) -> Callable[..., Any]:
         turn = None
         if config.positions == "rotary":
             turn = rotation(jnp.zeros((1, 1), jnp.int32), config.head_width_, config.rotary_base)
+        args = (x, Visibility(), turn, None, Beside(x))
         keys = jax.random.split(key, config.layers)
-        return jax.vmap(lambda k: block.init(k, x, Visibility(), turn, None)["params"])(keys)
+        return jax.vmap(lambda k: block.init(k, *args)["params"])(keys)
 
     return init
 
@@ -294,7 +340,19 @@ def _loop(body, x, layers):
     return x, jax.tree.map(lambda *each: jnp.stack(each), *saved)
 
 
-def _unstack(leaf: jax.Array, length: int) -> list[jax.Array]:
+def _ends_whole(over_layers, whole, thin, x, layers):
+    """The first and the last layer by `whole`, all between by `thin`; saved as one stack."""
+    length = jax.tree.leaves(layers)[0].shape[0]
+    saved = []
+    for body, first, last in ((whole, 0, 1), (thin, 1, length - 1), (whole, length - 1, length)):
+        x, out = over_layers(body, x, jax.tree.map(lambda a: a[first:last], layers))  # noqa: B023
+        saved.append(out)
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *saved)
+
+
+def _unstack(leaf: Any, length: int) -> list[Any]:
+    if isinstance(leaf, np.ndarray):
+        return list(leaf)
     # Keys cannot be split, and have no gradient.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return [leaf[i] for i in range(length)]
