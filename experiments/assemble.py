@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from model.config import TransformerConfig
+from model.rules import match_per_layer
 from model.transformer import Transformer
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.losses import cross_entropy, z_loss
 from train.methods import Plugs, Setup, combine
+from train.mup import scale_init, with_factors
 from train.optimizers import build
+from train.optimizers.averaging import average_of
 from train.plugs import Context, LossTerm, PyTree, State, merge
 from train.plugs import whole as whole_gradient
 from train.settings import Settings
@@ -50,11 +54,6 @@ def assemble(settings: Settings, config: TransformerConfig, workers: int = 1) ->
     Raises:
       ValueError: settings that do not fit the model or each other.
     """
-    if getattr(settings.optimizer, "tail_fraction", None) is not None:
-        raise ValueError(
-            "tail_fraction averages weights that a run neither evaluates nor opens; leave it out, "
-            "or use train.optimizers.averaging.averaged in a loop of your own"
-        )
     whole = abstract_whole(settings, config)
     setup = Setup(config, whole, settings.steps, settings.micro_batches, workers)
     plugs = combine([method.build(setup) for method in settings.methods])
@@ -64,8 +63,70 @@ def assemble(settings: Settings, config: TransformerConfig, workers: int = 1) ->
     trained, _ = jax.eval_shape(plugs.split, setup.params)
     if not jax.tree.leaves(trained):
         raise ValueError("nothing is left that trains; freeze less")
-    tx = build(settings.optimizer, settings.schedule, settings.steps, trained)
-    return Parts(config, plugs, plugs.terms(terms), plugs.optimizer(tx))
+    optimizer = _optimizer_here(settings, config, trained)
+    if settings.mup is not None:
+        factors = settings.mup.rules(config, optimizer).learning_rate_rules
+        optimizer = with_factors(optimizer, factors, trained)
+    tx = build(optimizer, settings.schedule, settings.steps, trained)
+    tx = plugs.optimizer(tx)
+    if averages(settings):
+        _check_average(plugs, tx, trained)
+    return Parts(config, plugs, plugs.terms(terms), tx)
+
+
+def _optimizer_here(settings: Settings, config: TransformerConfig, trained: PyTree) -> Any:
+    """The optimizer's settings without the rules that only parameters of other phases match.
+
+    A rule for the head is no mistake in a run whose head is still tied; one that no phase needs is
+    left for the optimizer to refuse.
+    """
+    if len(settings.phases) == 1:
+        return settings.optimizer
+    vocabulary: Any = {"vocabulary_size": config.vocabulary_size}
+    models = {dataclasses.replace(phase.model, **vocabulary) for phase in settings.phases}
+    others = [abstract_whole(settings, model) for model in models - {config}]
+    changes: dict[str, Any] = {}
+    for name in ("learning_rate_rules", "decay_rules", "matrix_rules"):
+        rules = getattr(settings.optimizer, name, ())
+        here = tuple(
+            rule
+            for rule in rules
+            if _finds(rule, trained) or not any(_finds(rule, other) for other in others)
+        )
+        if here != rules:
+            changes[name] = here
+    return dataclasses.replace(settings.optimizer, **changes)
+
+
+def _finds(rule: tuple[str, Any], params: PyTree) -> bool:
+    try:
+        match_per_layer([rule], params, default=None)
+    except ValueError:
+        return False
+    return True
+
+
+def averages(settings: Settings) -> bool:
+    """Whether it is the average of the weights over the end of the run that counts.
+
+    Evaluations, and whoever opens the run, then see that average in place of the last weights.
+    """
+    return getattr(settings.optimizer, "tail_fraction", None) is not None
+
+
+def _check_average(plugs: Plugs, tx: optax.GradientTransformation, trained: PyTree) -> None:
+    if plugs.around is not None:
+        raise ValueError(
+            "tail_fraction averages the weights of one optimizer, and here each worker has its "
+            "own; leave it out, or train without the method that makes workers"
+        )
+    _, average = average_of(jax.eval_shape(tx.init, trained))
+    seen: Any = jax.tree.structure(average)
+    if seen != jax.tree.structure(trained):
+        raise ValueError(
+            "tail_fraction needs an optimizer that sees every parameter that trains, and a method "
+            "of this run hides some from it; leave it out, or train without that method"
+        )
 
 
 def initial_params(settings: Settings, config: TransformerConfig) -> PyTree:
@@ -73,9 +134,12 @@ def initial_params(settings: Settings, config: TransformerConfig) -> PyTree:
     key, _ = jax.random.split(jax.random.key(settings.seed))
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = Transformer(config).init(key, tokens)["params"]
+    if settings.mup is not None:
+        params = scale_init(params, settings.mup.rules(config, settings.optimizer).init_rules)
     return pad_vocabulary(params, settings.vocabulary_multiple)
 
 
+@functools.lru_cache(maxsize=16)  # a run asks a dozen times, and tracing a deep model takes seconds
 def abstract_whole(settings: Settings, config: TransformerConfig) -> PyTree:
     """Shapes of the parameters of the whole model, as they are in the state."""
     return jax.eval_shape(lambda: initial_params(settings, config))

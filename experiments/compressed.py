@@ -56,6 +56,9 @@ def write_run(
     settings = dataclasses.replace(
         source, phases=(phase,), methods=(), vocabulary_multiple=1, micro_batches=1, parent=None
     )
+    # What is saved has been averaged already, if it was to be.
+    optimizer = dataclasses.replace(settings.optimizer, tail_fraction=None)
+    settings = dataclasses.replace(settings, optimizer=optimizer)
     with made_at_once(out) as run:
         run.mkdir()
         shutil.copytree(tokenizer, run / "tokenizer")

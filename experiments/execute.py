@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.assemble import (
-    assemble,
-)
+from experiments.assemble import assemble, averages
 from experiments.execution import Execution
 from experiments.layout import (
     everywhere,
@@ -29,6 +27,7 @@ from experiments.layout import (
     report,
 )
 from experiments.methods import batch_map, check_tokenizer, resolve
+from experiments.phases import check_phases, enter_phase
 from experiments.prepare import Corpora, check_lengths, describe, open_data
 from experiments.run import (
     STARTING,
@@ -40,7 +39,7 @@ from experiments.run import (
     write_json,
 )
 from experiments.start import start_of
-from model.flops import flops_per_token
+from model.flops import training_flops_per_token
 from parallel.agreement import by_main, check_same, is_main
 from train.checkpoints import Checkpoints, CheckpointSettings
 from train.data import batches as batch_dataset
@@ -50,6 +49,7 @@ from train.loop import SILENT, Outcome, train
 from train.losses import cross_entropy
 from train.methods import Reading
 from train.optimizers import learning_rate_at
+from train.optimizers.averaging import averaged
 from train.plugs import PyTree, State, whole
 from train.progress import progress_bar
 from train.records import Record, Sink, cut_back
@@ -90,6 +90,7 @@ def execute(
         tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
         check_lengths(corpora, _window_length(settings))
         check_tokenizer(settings, tokenizer)
+        check_phases(settings, tokenizer)
         if execution.progress and is_main():
             print("\n".join(f"data: {line}" for line in describe(corpora)))
 
@@ -126,7 +127,11 @@ def execute(
             and outcome.signal is None
             and int(outcome.state.step) < settings.steps
         ):
-            state = state if outcome is None else outcome.state
+            if outcome is not None:
+                here = int(outcome.state.step)
+                before, now = (phase_at(settings, n)[0] for n in (here - 1, here))
+                args = (settings, tokenizer, mesh, execution.division)
+                state = enter_phase(*args, outcome.state, before, now)
             spent = spent if outcome is None else outcome.seconds
             outcome = _run_phase(plan, checkpoints, record, state, spent)
         if outcome.reason == "finished" and int(outcome.state.step) < settings.steps:
@@ -186,10 +191,16 @@ def _run_phase(
         step = plugs.around.step(step)
     shardings, whole_copy = of_state(layout, state), everywhere(layout)
     compiled_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole_copy))
-    measure = jax.jit(
-        make_evaluation_step(model, [cross_entropy()], plugs.transforms, settings.loss_chunk),
-        out_shardings=whole_copy,
+    measure_state = make_evaluation_step(
+        model, [cross_entropy()], plugs.transforms, settings.loss_chunk
     )
+
+    def measure_run(state: State, frozen: PyTree, batch: dict[str, jax.Array]) -> Any:
+        if averages(settings):
+            state = replace(state, params=averaged(state.optimizer, state.params))
+        return measure_state(state, frozen, batch)
+
+    measure = jax.jit(measure_run, out_shardings=whole_copy)
     rows = phase.batch_size
     own = own_rows(layout, rows)
     if own and _of_first_batch(own, settings, phase) is None:
@@ -198,23 +209,26 @@ def _run_phase(
     held_out = [corpus.split("validation") for corpus, _ in plan.corpora]
     held_out_bytes = sum(split.bytes for split in held_out)
 
-    def held_out_batches() -> Iterator[dict[str, np.ndarray]]:
+    # Rows as long as the longest phase has them: one measure for all phases.
+    longest = max(settings.phases, key=lambda phase: phase.sequence_length)
+    own_held_out = own_rows(layout, longest.batch_size)
+
+    def held_out_batches() -> Iterator[dict[str, jax.Array]]:
         for split in held_out:
-            yield from evaluation_batches(
+            for batch in evaluation_batches(
                 split,
-                sequence_length=phase.sequence_length,
-                batch_size=phase.batch_size,
+                sequence_length=longest.sequence_length,
+                batch_size=longest.batch_size,
                 document_boundaries=settings.document_boundaries,
-                rows=own,
-            )
+                rows=own_held_out,
+            ):
+                yield place(layout, batch, own_held_out, longest.batch_size)
 
     def batch_of(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return place(layout, batch, own, rows)
 
     def evaluation(state: State) -> dict[str, float]:
-        return evaluate(
-            measure, state, plan.frozen, map(batch_of, held_out_batches()), held_out_bytes
-        )
+        return evaluate(measure, state, plan.frozen, held_out_batches(), held_out_bytes)
 
     def save(step: int, state: State, loss: float | None, seconds: dict[str, float]) -> None:
         info = {"phase": index, "seconds": seconds, "frozen": plan.frozen_hash}
@@ -242,7 +256,7 @@ def _run_phase(
             save=save,
             spent=spent,
             learning_rate=np.asarray(jax.vmap(rates)(jnp.arange(settings.steps))),
-            flops_per_token=3 * flops_per_token(config, phase.sequence_length),
+            flops_per_token=training_flops_per_token(config, phase.sequence_length),
             max_nonfinite=settings.max_nonfinite,
             place=batch_of,
             trace_folder=str(plan.out / "profile"),
@@ -338,8 +352,9 @@ def _compare(settings: Settings, out: Path) -> None:
     path = out / "settings.json"
     if not path.exists():
         return
-    ours = json.loads(json.dumps(to_json(settings)))
-    if lines := differences(ours, read_json(path)):
+    # Read and written again: a field that is new since then is at its default in both.
+    ours, theirs = (json.loads(json.dumps(to_json(s))) for s in (settings, read_settings(out)))
+    if lines := differences(ours, theirs):
         raise ValueError(
             f"{out} holds a run of other settings; choose another folder, or the same settings:\n  "
             + "\n  ".join(lines)

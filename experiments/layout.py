@@ -304,10 +304,10 @@ def _check_pipeline(mesh: Mesh, passes: tuple[int, int], parts: Parts) -> None:
             f"{micro_batches} micro-batches do not fill groups of pipeline={stages}, as {rounds} "
             f"rounds need; make them a multiple of {stages}"
         )
-    if config.dropout:
+    if config.random:
         raise ValueError(
-            f"dropout={config.dropout} inside a pipeline would drop the same places of every "
-            "micro-batch; train with dropout=0.0, or without the axis pipeline"
+            f"{_drops(config)} inside a pipeline would drop the same places of every "
+            "micro-batch; train without, or without the axis pipeline"
         )
     if captured := sorted({name for term in parts.terms for name in term.capture}):
         raise ValueError(
@@ -319,10 +319,11 @@ def _check_pipeline(mesh: Mesh, passes: tuple[int, int], parts: Parts) -> None:
 def _check_ring(mesh: Mesh, phase: Phase, parts: Parts) -> None:
     """Raises ValueError if rows in zigzag order cannot be trained on."""
     check_time(phase.sequence_length, mesh.shape["context"])
-    if parts.config.dropout:
+    if parts.config.random:
         raise ValueError(
-            f"ring attention has no dropout on its probabilities, and the model has "
-            f"dropout={parts.config.dropout}; train with dropout=0.0, or without the axis context"
+            "ring attention has no dropout on its probabilities and needs all tokens of a row in "
+            f"every block, and the model has {_drops(parts.config)}; train without, or without the "
+            "axis context"
         )
     for term in parts.terms:
         if term.prepare is not None or "attention" in term.capture:
@@ -330,6 +331,11 @@ def _check_ring(mesh: Mesh, phase: Phase, parts: Parts) -> None:
                 f"the loss term {term.name!r} runs a model or compares attention maps on rows in "
                 "their own order, and over context rows are cut out of order; use another axis"
             )
+
+
+def _drops(config: TransformerConfig) -> str:
+    rates = {name: getattr(config, name) for name in ("dropout", "layer_drop", "token_drop")}
+    return ", ".join(f"{name}={rate}" for name, rate in rates.items() if rate)
 
 
 def _divisors(number: int) -> str:

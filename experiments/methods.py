@@ -16,6 +16,7 @@ from experiments.distill_cached_method import DistilCached
 from experiments.distill_method import Distil
 from experiments.lora_method import Lora
 from experiments.lowrank_method import LowRankKernels
+from experiments.mtp_method import MultiToken
 from experiments.on_policy_method import OnPolicyDistil
 from experiments.parallel_methods import PARALLEL_METHODS
 from model.rules import match
@@ -55,7 +56,9 @@ class Freeze:
 METHODS: dict[str, type[Any]] = {
     **{
         method.name: method
-        for method in (Freeze, Lora, LowRankKernels, Distil, DistilCached, OnPolicyDistil)
+        for method in (
+            *(Freeze, Lora, LowRankKernels, MultiToken, Distil, DistilCached, OnPolicyDistil),
+        )
     },
     **COMPRESS_METHODS,
     **PARALLEL_METHODS,

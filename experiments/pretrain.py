@@ -20,13 +20,16 @@ from experiments.cli import parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.execute import Execution, execute
 from experiments.methods import METHODS
+from experiments.phases import grown_config, parse_phases
 from experiments.prepare import open_data, steps_per_epoch
 from experiments.run import open_run, parse_parent
 from model.config import TransformerConfig
+from model.grow import How
 from model.presets import PRESETS, modern_mini
 from parallel.agreement import check_same, is_main
 from parallel.processes import connect
 from train.loop import LoopSettings, Outcome
+from train.mup import MuP
 from train.optimizers import OPTIMIZERS
 from train.optimizers.settings import OptimizerSettings
 from train.schedules import SCHEDULES
@@ -47,7 +50,13 @@ class Pretrain:
       out: folder of the run.
       from_run: "RUN" or "RUN@STEP": start with the model, parameters and tokenizer of that
         checkpoint; optimizer state, schedule and data order start anew.
+      grow: fields of the parent's model that grow, as in layers=8,width=256; see `model.grow`.
       steps: updates.
+      phases: what comes before the settings given here hold, "STEPS:FIELD=VALUE,..." each: that
+        many of the steps with some fields of the model, batch_size, sequence_length or growth
+        changed. Models grow from phase to phase. Warmups of depth, row length, batch, window; a
+        head that unties late: --phases 100:layers=1,tied_head=true 200:sequence_length=64,window=32
+      growth: what new layers are made of (see `model.grow`): of the last phase, or with --grow.
       epochs: passes over the training split in place of steps, with an evaluation after each.
       batch_size: rows of a batch.
       sequence_length: tokens of a row.
@@ -72,6 +81,10 @@ class Pretrain:
       pipeline_micro_batches: parts in which rows pass the axis pipeline; by default its size.
       pipeline_rounds: times that each part passes it: 1 for GPipe, more for shorter stages.
       vocabulary_multiple: pad the vocabulary to a multiple, so that the mesh divides it.
+      mup_base_width: width of the model that the rates were tuned at: rates and initial scales are
+        carried over from it (`train.mup`). By default they are taken as they are.
+      mup_base_heads: of that model; by default heads are as wide there.
+      mup_base_layers: of that model; by default it is as deep.
       coordinator: HOST:PORT of process 0, where several processes train together; or "auto". Under
         a launcher that says it (Slurm, Open MPI, Kubernetes, TPU pods) neither this nor the next
         two are needed: see docs/several-machines.md.
@@ -87,7 +100,10 @@ class Pretrain:
     tokenizer: str | None = None
     out: Path = Path("runs/pretrain")
     from_run: str | None = None
+    grow: str | None = None
     steps: int = 1000
+    phases: tuple[str, ...] = ()
+    growth: How = "identity"
     epochs: int | None = None
     batch_size: int = 16
     sequence_length: int = 128
@@ -111,6 +127,9 @@ class Pretrain:
     pipeline_micro_batches: int | None = None
     pipeline_rounds: int = 1
     vocabulary_multiple: int = 1
+    mup_base_width: int | None = None
+    mup_base_heads: int | None = None
+    mup_base_layers: int | None = None
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
@@ -130,6 +149,10 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
             raise ValueError(f"a run from {command.from_run} keeps its tokenizer; leave it out")
         if command.model not in (model, modern_mini()):
             raise ValueError(f"a run from {command.from_run} keeps its model; leave --model out")
+        if command.grow is not None:
+            model = grown_config(model, command.grow)
+    elif command.grow is not None:
+        raise ValueError("--grow is for the model of a parent; give --from-run, or use --model")
     elif model.positions == "rotary":  # has no table to outgrow
         longest = max(model.max_length, command.sequence_length)
         model = dataclasses.replace(model, max_length=longest)
@@ -145,9 +168,9 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
     profile = _profile(command.profile)
     if profile and profile[0] > steps:
         raise ValueError(f"profile begins at step {profile[0]}, and the run has {steps}")
-    phase = Phase(steps, model, command.batch_size, command.sequence_length)
+    phase = Phase(steps, model, command.batch_size, command.sequence_length, growth=command.growth)
     settings = Settings(
-        phases=(phase,),
+        phases=parse_phases(command.phases, phase),
         data=command.data,
         tokenizer=tokenizer,
         seed=command.seed,
@@ -159,6 +182,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
         z_loss=command.z_loss,
         loss_chunk=command.loss_chunk,
         vocabulary_multiple=command.vocabulary_multiple,
+        mup=_mup(command),
         methods=methods,
         parent=command.from_run,
     )
@@ -223,6 +247,17 @@ def _say(out: Path, outcome: Outcome, seconds: float) -> None:
         assert outcome.signal is not None
         name = signal.Signals(outcome.signal).name
         print(f"{name}: saved step {step}; the same command goes on from there")
+
+
+def _mup(command: Pretrain) -> MuP | None:
+    width, heads, layers = (
+        getattr(command, f"mup_base_{name}") for name in ("width", "heads", "layers")
+    )
+    if width is None:
+        if heads is not None or layers is not None:
+            raise ValueError("the base model of muP needs a width; give --mup-base-width")
+        return None
+    return MuP(width, heads, layers)
 
 
 def _profile(text: str | None) -> tuple[int, int] | None:

@@ -28,13 +28,16 @@ from experiments.assemble import (
     abstract_frozen,
     abstract_state,
     assemble,
+    averages,
     effective_weights,
     read_frozen,
 )
 from experiments.methods import METHODS
 from model.config import TransformerConfig
 from model.transformer import Transformer
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, Restored
+from train.optimizers.averaging import average_of
+from train.plugs import State
 from train.settings import Phase, Settings, from_json
 from train.tokenizers import Tokenizer, load_tokenizer
 
@@ -78,12 +81,15 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
     with Checkpoints(folder / "checkpoints", mode="read") as checkpoints:
         there = checkpoints.steps()
         at = step if step is not None else (there[-1] if there else 0)
-        phase = settings.phases[phase_at(settings, at)[0]]
+        # At the end of a phase, phase_at() names the next one, and the model is still this one's.
+        phase = settings.phases[_phase_of(checkpoints, settings, at)]
         parts = assemble(settings, config_for(phase, tokenizer))
         state = abstract_state(settings, parts)
         stored = read_json(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
         abstract_params = abstract_from(state.params, stored) if stored else state.params
         found = checkpoints.restore_part("params", abstract_params, step)
+        if averages(settings) and not stored:
+            found = _average(checkpoints, state, found)
         # What the gradient or the workers remember is of no use here.
         extra = {
             name: checkpoints.restore_part(f"extra/{name}", state.extra[name], found.step).state
@@ -97,6 +103,23 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
         print(about, file=sys.stderr)  # what a command prints may be piped on
     params = effective_weights(parts, found.step, found.state, frozen, extra)
     return Run(folder, settings, found.step, Transformer(parts.config), params, tokenizer)
+
+
+def _average(checkpoints: Checkpoints, state: State, found: Restored) -> Restored:
+    """The average of the weights that was saved with them, in their types."""
+    path, abstract = average_of(state.optimizer)
+    average = checkpoints.restore_part(f"optimizer/{path}", abstract, found.step).state
+    weights = jax.tree.map(lambda a, w: a.astype(w.dtype), average, found.state)
+    return dataclasses.replace(found, state=weights)
+
+
+def _phase_of(checkpoints: Checkpoints, settings: Settings, step: int) -> int:
+    """The phase that a checkpoint was saved in; the one its step belongs to if it does not say."""
+    try:
+        said = checkpoints.info(step).get("phase")
+    except (FileNotFoundError, ValueError):  # missing or damaged: for reading it to say
+        said = None
+    return phase_at(settings, step)[0] if said is None else int(said)
 
 
 def read_settings(folder: Path) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +34,10 @@ from experiments.layout import (
     of_state,
     placed,
 )
+from experiments.phases import enter_phase
 from experiments.run import config_for, open_run, parse_parent, phase_at
 from model.config import TransformerConfig
+from model.grow import check_growth, grown, keeps_function, sources
 from parallel.agreement import is_main, spread
 from parallel.vocabulary import pad_vocabulary
 from train.checkpoints import Checkpoints
@@ -72,27 +75,39 @@ def start_of(
       division: what of the layout the mesh leaves open.
       mesh: where everything goes.
     """
-    there = checkpoints.steps()
-    phase = settings.phases[phase_at(settings, there[-1] if there else 0)[0]]
-    config, workers = config_for(phase, tokenizer), mesh.shape["data"]
-    parts = assemble(settings, config, workers)
-    layout = lay_out(mesh, division, settings, phase, parts)
-    shapes = abstract_state(settings, parts)
-    shardings = of_state(layout, shapes)
+    workers = mesh.shape["data"]
+
+    @functools.cache
+    def parts_of(index: int, workers: int = workers) -> Parts:
+        return assemble(settings, config_for(settings.phases[index], tokenizer), workers)
+
+    @functools.cache
+    def layout_of(index: int) -> Layout:
+        return lay_out(mesh, division, settings, settings.phases[index], parts_of(index))
+
+    def index_of(info: dict[str, Any]) -> int:
+        return int(info.get("phase", 0))
 
     def moves(info: dict[str, Any]) -> bool:
-        return bool(parts.plugs.redistribute) and info.get("workers", 1) != workers
+        redistributes = bool(parts_of(index_of(info)).plugs.redistribute)
+        return redistributes and info.get("workers", 1) != workers
 
     def wanted(info: dict[str, Any]) -> PyTree:
+        index = index_of(info)
+        layout = layout_of(index)
         if not moves(info):
-            return placed(shapes, shardings)
-        old = abstract_state(settings, assemble(settings, config, info.get("workers", 1)))
+            shapes = abstract_state(settings, parts_of(index))
+            return placed(shapes, of_state(layout, shapes))
+        old = abstract_state(settings, parts_of(index, info.get("workers", 1)))
         return placed(old, of_moved_state(layout, old))
 
     try:
         found = checkpoints.restore(wanted)
     except FileNotFoundError:
-        return _begin(settings, parts, layout, out)
+        return _begin(settings, parts_of(0), layout_of(0), out)
+    index = index_of(found.info)
+    parts, layout = parts_of(index), layout_of(index)
+    shardings = of_state(layout, abstract_state(settings, parts))
     for step, reason in found.skipped:
         _say(f"The checkpoint of step {step} is damaged and was passed over: {reason}")
     _say(f"Going on from step {found.step} of {settings.steps}")
@@ -105,6 +120,8 @@ def start_of(
     if int(state.extra[NONFINITE]["in_a_row"]) >= settings.max_nonfinite:
         state = jax.device_put(reset_nonfinite(state), shardings)
     shapes = abstract_frozen(settings, parts)
+    if (now := phase_at(settings, found.step)[0]) != index:  # saved at the end of the one before
+        state = enter_phase(settings, tokenizer, mesh, division, state, index, now)
     frozen = read_frozen(out, placed(shapes, of_frozen(layout, shapes)), expected)
     return Start(state, frozen, expected, found.info.get("seconds", {}))
 
@@ -126,9 +143,7 @@ def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start
             lambda: initial_params(settings, parts.config), out_shardings=of_params(layout, whole)
         )()
     else:
-        adopted = pad_vocabulary(
-            _adopt(settings.parent, parts.config), settings.vocabulary_multiple
-        )
+        adopted = pad_vocabulary(_adopt(settings, parts.config), settings.vocabulary_multiple)
         given = spread(adopted, of_params(layout, whole))
     frozen = abstract_frozen(settings, parts)
     trained, fixed = jax.eval_shape(split, whole)
@@ -144,21 +159,34 @@ def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start
     return Start(state, frozen, keep_frozen(out, frozen), {})
 
 
-def _adopt(parent: str, config: TransformerConfig) -> PyTree:
-    """Returns the parameters of another run.
+def _adopt(settings: Settings, config: TransformerConfig) -> PyTree:
+    """Returns the parameters of another run, grown if they are of a smaller model.
 
     Raises:
-      ValueError: the parent's model has another config.
+      ValueError: the parent's model has another config, into which it does not grow.
     """
+    parent = settings.parent
+    assert parent is not None
     run = open_run(*parse_parent(parent))
+    growth = settings.phases[0].growth
     if run.model.config != config:
-        lines = differences(asdict(config), asdict(run.model.config))
-        raise ValueError(f"{parent} has another model: {'; '.join(lines)}")
+        try:
+            check_growth(run.model.config, config, growth)
+        except ValueError as error:
+            lines = differences(asdict(config), asdict(run.model.config))
+            raise ValueError(f"{parent} has another model: {'; '.join(lines)} ({error})") from error
     params = merged(run.params)
     if any(is_packed(w) for w in jax.tree.leaves(params, is_leaf=is_packed)):
         raise ValueError(
             f"{parent} is quantized and does not train; start from the run that it was made of"
         )
+    if run.model.config != config:
+        key = jax.random.fold_in(jax.random.key(settings.seed), 0)
+        made_of = sources(run.model.config, config, growth, key=key)
+        params = jax.jit(lambda p: grown(p, made_of))(params)
+        kept = "kept" if keeps_function(run.model.config, config, growth) else "not kept"
+        lines = differences(asdict(config), asdict(run.model.config))
+        _say(f"The model grows ({growth}, function {kept}): {'; '.join(lines)}")
     _say(f"From {run.folder} at step {run.step}: parameters and tokenizer are kept;")
     _say("optimizer state, schedule, step number and data order start anew")
     if adapted := adapted_paths(run.params):

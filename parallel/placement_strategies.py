@@ -55,7 +55,7 @@ def fsdp(params: PyTree, axis: str = "fsdp") -> Strategy:
     >>> fsdp({"head": {"kernel": jax.ShapeDtypeStruct((4, 8), "float32")}}).parameters
     [('head/kernel', P('fsdp',))]
     """
-    rules = [("token_embedding/embedding", P(axis)), *_along_width(axis)]
+    rules = [("(token|value)_embedding/embedding", P(axis)), *_along_width(axis)]
     return Strategy("fsdp", present(rules, params))
 
 
@@ -68,7 +68,7 @@ def zero1(params: PyTree, axis: str = "data") -> Strategy:
     >>> zero1({"head": {"kernel": jax.ShapeDtypeStruct((4, 8), "float32")}}).optimizer
     [('head/kernel', P('data',))]
     """
-    rules = [("token_embedding/embedding", P(None, axis)), *_along_width(axis)]
+    rules = [("(token|value)_embedding/embedding", P(None, axis)), *_along_width(axis)]
     return Strategy("zero1", (), present(rules, params))
 
 
@@ -89,7 +89,7 @@ def tensor(params: PyTree, axis: str = "tensor") -> Strategy:
         (r"blocks/mlp/(up|gate)/kernel", P(None, None, axis)),
         (r"blocks/mlp/(up|gate)/bias", P(None, axis)),
         (r"blocks/mlp/down/kernel", P(None, axis, None)),
-        (r"token_embedding/embedding", P(axis, None)),
+        (r"(token|value)_embedding/embedding", P(axis, None)),
         (r"head/kernel", P(None, axis)),
     ]
     activations = (("heads", (axis,)), ("ffn", (axis,)))

@@ -18,7 +18,11 @@ import jax.numpy as jnp
 from model.rules import path_of
 
 # Where a parameter has the vocabulary, and along which axis.
-TABLES: dict[str, int] = {"token_embedding/embedding": 0, "head/kernel": 1}
+TABLES: dict[str, int] = {
+    "token_embedding/embedding": 0,
+    "value_embedding/embedding": 0,
+    "head/kernel": 1,
+}
 
 
 def padded_size(vocabulary_size: int, multiple: int) -> int:

@@ -165,7 +165,12 @@ OTHER = {  # a value that neither preset has, for every field
     "window": 8,
     "zero_init_projections": True,
     "init_std": 0.5,
+    "embedding_norm": True,
+    "embedding_shortcut": 0.1,
+    "value_embeddings": True,
     "dropout": 0.25,
+    "layer_drop": 0.1,
+    "token_drop": 0.1,
     "dtype": "bfloat16",
     "parameter_dtype": "bfloat16",
     "scan_layers": True,
@@ -205,4 +210,9 @@ NOT_IN = {
     *(("gelu", name) for name in ("qk_norm", "logit_softcap", "window")),
     *(("swiglu", name) for name in ("positions", "norm", "activation", "dropout")),
     *(("swiglu", name) for name in ("qk_norm", "logit_softcap", "window")),
+    *(
+        (activation, name)
+        for activation in ("gelu", "swiglu")
+        for name in ("embedding_norm", "embedding_shortcut", "value_embeddings")
+    ),
 }

@@ -12,7 +12,8 @@ import pytest
 
 from model.rules import leaf_paths
 from train.optimizers import build
-from train.optimizers.muon import Muon
+from train.optimizers.muon import Muon, scale_by_orthogonal_momentum
+from train.optimizers.orthogonal import coefficients_named
 from train.schedules import Constant, Linear
 
 STEPS = 10
@@ -180,6 +181,25 @@ def test_the_size_of_a_gradient_does_not_matter_to_muon(params, bare):
             rtol=1e-4,
             atol=1e-6,
         )
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_momentum_rises_in_a_line(nesterov):
+    """Against the recursion in float64, and the exact polar factor of what it gives."""
+    grads = [np.random.default_rng(n).normal(size=(2, 4, 6)) for n in range(6)]
+    tx = scale_by_orthogonal_momentum(
+        coefficients_named("exact", 20), 0.9, nesterov=nesterov, warmup=(0.5, 4)
+    )
+    state = tx.init(jnp.zeros((2, 4, 6)))
+    mu, left = np.zeros((2, 4, 6)), 1.0  # left: the weight of the zero at the start
+    for n, grad in enumerate(grads):
+        update, state = jax.jit(tx.update)(jnp.asarray(grad, jnp.float32), state)
+        b, following = (0.5 + 0.1 * min(m, 4) for m in (n, n + 1))
+        mu, left = b * mu + (1 - b) * grad, left * b
+        ahead = b * mu / (1 - left * following) + (1 - b) * grad / (1 - left)
+        u, _, v = np.linalg.svd(ahead if nesterov else mu, full_matrices=False)
+        np.testing.assert_allclose(update, u @ v, atol=2e-3)
+        np.testing.assert_allclose(state.mu, mu, atol=1e-6)
 
 
 def test_axes_before_the_last_two_are_matrices_of_their_own(bare):

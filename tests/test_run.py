@@ -24,7 +24,10 @@ from train.schedules import Linear
 from train.settings import Phase, Settings, differences, from_json, to_json
 
 QUIET = Execution(LoopSettings(log_every=1, evaluate_every=10, checkpoint_every=10), progress=False)
-MEASURED = ("tokens_per_second", "step_seconds", "cpu_seconds", "seconds", "joules", "utilization")
+MEASURED = (
+    *("tokens_per_second", "step_seconds", "cpu_seconds", "seconds", "clock", "joules"),
+    "utilization",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -182,7 +182,8 @@ def train(
             with clock("evaluation"):
                 outcome.evaluation = evaluate(state)
             loss, seconds = outcome.evaluation["loss"], before + clock.total()
-            record.write("evaluation", number, {**outcome.evaluation, "seconds": seconds})
+            costs = {"seconds": seconds, "clock": dict(clock.seconds)}
+            record.write("evaluation", number, {**outcome.evaluation, **costs})
             perplexity = math.exp(min(loss, 700.0))
             text = f"step {number:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}"
             reporter.say(text)

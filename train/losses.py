@@ -116,7 +116,7 @@ def loss_function(
         for transform in transforms:
             weights = transform.apply(weights, context)
         batch = _prepared(terms, batch, context)
-        dropout_key = context.rng if model.config.dropout else None
+        dropout_key = context.rng if model.config.random else None
         out = features(
             model,
             weights,

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from model.config import TransformerConfig
-from model.rules import Rules, match
+from model.rules import STACK, Rules, is_stacked, leaf_paths, match, match_per_layer
+from train.optimizers.adam_mini import AdamMini
+from train.optimizers.first_order import Adam, Adamax, AdamaxW, AdamW, Lion, NAdamW
+from train.optimizers.muon import Muon
+from train.optimizers.normuon import NorMuon
+from train.optimizers.settings import OptimizerSettings
+from train.optimizers.soap import Soap
 
 Factors = tuple[tuple[str, float], ...]
+Matrices = Literal["elementwise", "spectral"]
+
+ELEMENTWISE: tuple[type, ...] = (Adam, AdamW, Adamax, AdamaxW, NAdamW, Lion, AdamMini, Soap)
+SPECTRAL: tuple[type, ...] = (Muon, NorMuon)
+"""Optimizers whose step of a kernel of the blocks is known to be of one size or the other."""
 
 
 class Transfer(NamedTuple):
@@ -29,7 +43,7 @@ def transfer(
     config: TransformerConfig,
     base: TransformerConfig,
     *,
-    matrices: Literal["elementwise", "spectral"] = "elementwise",
+    matrices: Matrices = "elementwise",
     depth_exponent: float = 1.0,
 ) -> Transfer:
     """Factors on rates and initial scales, relative to a base model that was tuned.
@@ -114,6 +128,145 @@ def transfer(
         ("blocks/.*/kernel", width**-0.5),
     )
     return Transfer(rates, scales)
+
+
+@dataclass(frozen=True)
+class MuP:
+    """The base model that a run's rates were tuned at; see `transfer` for what becomes of them.
+
+    Attributes:
+      base_width: of the stream. FFN width and key/value heads are in proportion.
+      base_heads: None for heads of the same width, as many as then fit.
+      base_layers: None for as many as the model has.
+      depth_exponent: as in `transfer`.
+      matrices: as in `transfer`; "auto" knows it of the optimizers in `ELEMENTWISE` and `SPECTRAL`.
+
+    >>> wide = TransformerConfig(width=256, heads=8, layers=2, tied_head=False)
+    >>> MuP(base_width=64).rules(wide, AdamW()).learning_rate_rules[0]
+    ('attention/o/bias|mlp/down/bias', 1.0)
+    >>> dict(MuP(base_width=64).rules(wide, AdamW()).learning_rate_rules)["head/kernel"]
+    0.25
+    """
+
+    base_width: int = 128
+    base_heads: int | None = None
+    base_layers: int | None = None
+    depth_exponent: float = 1.0
+    matrices: Literal["auto", "elementwise", "spectral"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("base_width", "base_heads", "base_layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+    def base_of(self, config: TransformerConfig) -> TransformerConfig:
+        """Returns the base model of a model.
+
+        Raises:
+          ValueError: its heads or FFN do not come out whole.
+        """
+        width = config.width
+        hidden = config.ffn_width_ * self.base_width / width
+        heads = self.base_heads or config.heads * self.base_width / width
+        if hidden != int(hidden) or heads != int(heads):
+            raise ValueError(
+                f"a base of width {self.base_width} has {heads:g} heads and {hidden:g} hidden "
+                f"features where a width of {width} has {config.heads} and {config.ffn_width_}; "
+                "choose another base_width, or give base_heads"
+            )
+        return dataclasses.replace(
+            config,
+            width=self.base_width,
+            heads=int(heads),
+            kv_heads=None,
+            head_width=config.head_width_ if self.base_heads is None else None,
+            ffn_width=int(hidden),
+            layers=self.base_layers or config.layers,
+            window=None,
+        )
+
+    def rules(self, config: TransformerConfig, optimizer: OptimizerSettings) -> Transfer:
+        """Returns the factors for a model under an optimizer.
+
+        Raises:
+          ValueError: as `transfer` and `base_of`; an optimizer that "auto" does not know.
+        """
+        kind = self.matrices if self.matrices != "auto" else kind_of(optimizer)
+        base = self.base_of(config)
+        return transfer(config, base, matrices=kind, depth_exponent=self.depth_exponent)
+
+
+def kind_of(optimizer: OptimizerSettings) -> Matrices:
+    """Returns how large an optimizer's step of a kernel of the blocks is, see `transfer`.
+
+    Raises:
+      ValueError: it is not known.
+
+    >>> kind_of(Muon()), kind_of(AdamW())
+    ('spectral', 'elementwise')
+    """
+    if type(optimizer) in ELEMENTWISE:
+        return "elementwise"
+    if type(optimizer) in SPECTRAL and getattr(optimizer, "consistent_rms", None) is None:
+        return "spectral"
+    raise ValueError(
+        f"how a rate of {type(optimizer).__name__} goes with the width is not known; say matrices="
+        '"elementwise" or "spectral" (see train.mup.transfer), or use one of '
+        f"{', '.join(kind.__name__ for kind in (*ELEMENTWISE, *SPECTRAL))}"
+    )
+
+
+def with_factors(optimizer: OptimizerSettings, factors: Factors, params: Any) -> Any:
+    """Returns an optimizer's settings whose learning-rate rules have the factors in them, too.
+
+    Each parameter's own rule is multiplied by the first of the factors that matches it.
+
+    Args:
+      optimizer: settings.
+      factors: of `Transfer.learning_rate_rules`.
+      params: that train, or their shapes.
+
+    Raises:
+      ValueError: as `model.rules.match`.
+
+    >>> params = {"head": {"kernel": jnp.ones((2, 3))}}
+    >>> doubled = AdamW(learning_rate_rules=(("head", 2.0),))
+    >>> with_factors(doubled, (("head/kernel", 0.25),), params).learning_rate_rules
+    (('^head/kernel$', 0.5),)
+    """
+    given = match_per_layer(optimizer.learning_rate_rules, params, default=1.0)
+    made = match_per_layer(_that_match(factors, params), params, default=1.0)
+    rules: list[tuple[str, float]] = []
+    pairs = zip(
+        leaf_paths(params),
+        jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, tuple)),
+        jax.tree.leaves(made, is_leaf=lambda x: isinstance(x, tuple)),
+        strict=True,
+    )
+    for path, own, factor in pairs:
+        if not is_stacked(path):
+            rules.append((f"^{re.escape(path)}$", own * factor))
+            continue
+        rest = re.escape(path.removeprefix(STACK))
+        products = [a * b for a, b in zip(own, factor, strict=True)]
+        if len(set(products)) == 1:
+            rules.append((f"^{STACK}{rest}$", products[0]))
+        else:
+            rules += [(f"^{STACK}/{i}{rest}$", value) for i, value in enumerate(products)]
+    return dataclasses.replace(optimizer, learning_rate_rules=tuple(rules))
+
+
+def _that_match(factors: Factors, params: Any) -> Factors:
+    """The factors without those for parameters that do not train."""
+    kept = []
+    for rule in factors:
+        try:
+            match([rule], params, default=1.0)
+        except ValueError:
+            continue
+        kept.append(rule)
+    return tuple(kept)
 
 
 def scale_init(params: Any, init_rules: Rules) -> Any:

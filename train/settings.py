@@ -11,7 +11,9 @@ from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 from model.config import TransformerConfig, config_from_dict
+from model.grow import HOWS, How
 from model.presets import modern_mini
+from train.mup import MuP
 from train.optimizers import OPTIMIZERS, Muon
 from train.optimizers.settings import OptimizerSettings
 from train.schedules import SCHEDULES, Linear
@@ -26,17 +28,22 @@ class Phase:
       model: config; its vocabulary size is the tokenizer's.
       batch_size: rows B of the global batch.
       sequence_length: tokens T of a row.
+      growth: what layers are made of that the phase before does not have (or the parent of the
+        run), see `model.grow`.
     """
 
     steps: int
     model: TransformerConfig
     batch_size: int = 16
     sequence_length: int = 128
+    growth: How = "identity"
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.growth not in HOWS:
+            raise ValueError(f"growth is {self.growth!r}; choose one of {', '.join(HOWS)}")
         model = self.model
         if model.positions == "learned" and self.sequence_length > model.max_length:
             raise ValueError(
@@ -65,6 +72,8 @@ class Settings:
       max_nonfinite: bad steps in a row that stop the run.
       vocabulary_multiple: the vocabulary is padded to a multiple of it in the state, so that a mesh
         can divide it; padding has no logits, and exports have none of it.
+      mup: the base model that rates and initial scales are those of (see `train.mup`); None where
+        they are this model's own.
       methods: typed settings of whatever else is plugged in, in order (see `train.methods`).
       parent: the run and step that it was started from, or None.
     """
@@ -82,6 +91,7 @@ class Settings:
     loss_chunk: int | None = None
     max_nonfinite: int = 5
     vocabulary_multiple: int = 1
+    mup: MuP | None = None
     methods: tuple[Any, ...] = ()
     parent: str | None = None
 
@@ -148,6 +158,8 @@ def from_json(
     for key, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         fields[key] = _named(key, fields[key], table)
     fields["methods"] = tuple(_named("method", m, methods) for m in fields.get("methods", ()))
+    if fields.get("mup") is not None:
+        fields["mup"] = MuP(**fields["mup"])
     known = {f.name for f in dataclasses.fields(Settings)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}")

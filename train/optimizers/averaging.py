@@ -83,13 +83,33 @@ def averaged(optimizer_state: Any, params: Any) -> Any:
       ValueError: the state holds no average, or several.
     """
 
+    average = average_of(optimizer_state)[1]
+    return jax.tree.map(lambda a, w: a.astype(w.dtype), average, params)
+
+
+def average_of(optimizer_state: Any) -> tuple[str, Any]:
+    """Where an optimizer's state holds its average of the weights, and the average, in float32.
+
+    Returns:
+      The keys that lead there, joined by "/", and the tree.
+
+    Raises:
+      ValueError: the state holds no average, or several.
+
+    >>> average_of(tail_average(1).init({"w": jnp.zeros(1)}))
+    ('average', {'w': Array([0.], dtype=float32)})
+    """
+
     def is_average(node):
         return isinstance(node, TailAverageState)
 
-    found = [x for x in jax.tree.leaves(optimizer_state, is_leaf=is_average) if is_average(x)]
+    nodes = jax.tree_util.tree_leaves_with_path(optimizer_state, is_leaf=is_average)
+    found = [(path, node) for path, node in nodes if is_average(node)]
     if len(found) != 1:
         raise ValueError(
             f"the optimizer's state holds {len(found)} averages of weights, not one; "
             "set tail_fraction, or put tail_average at the end of the chain"
         )
-    return jax.tree.map(lambda a, w: a.astype(w.dtype), found[0].average, params)
+    path, node = found[0]
+    keys = (*path, jax.tree_util.GetAttrKey("average"))
+    return jax.tree_util.keystr(keys, simple=True, separator="/"), node.average

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from model.linear import at_least_float32
@@ -38,6 +40,9 @@ class Muon(MatrixSettings):
       learning_rate: Muon's rate. An update is this times a matrix whose singular values are near 1,
         times ``sqrt(max(1, out / in))``, or ``consistent_rms * sqrt(max(in, out))`` where set.
       momentum: of the gradient, before orthogonalising.
+      momentum_warmup_steps: updates over which the momentum rises in a straight line from
+        `momentum_start`; 0 for none. A short memory while the gradient turns fast (modded-nanogpt,
+        record 9: 300 steps from 0.85).
       nesterov: Nesterov's momentum for Muon; the AdamW part never has it.
       newton_schulz_steps: iterations of the orthogonalisation; the cost grows with them.
       newton_schulz_coefficients: see `train.optimizers.orthogonal.coefficients_named`.
@@ -53,6 +58,8 @@ class Muon(MatrixSettings):
 
     learning_rate: float = 0.016
     momentum: float = 0.95
+    momentum_start: float = 0.85
+    momentum_warmup_steps: int = 0
     nesterov: bool = True
     newton_schulz_steps: int = 5
     newton_schulz_coefficients: Literal["standard", "dion", "polar_express", "exact"] = "standard"
@@ -64,6 +71,10 @@ class Muon(MatrixSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         coefficients_named(self.newton_schulz_coefficients, self.newton_schulz_steps)
+        if self.momentum_warmup_steps < 0:
+            raise ValueError(
+                f"momentum_warmup_steps is {self.momentum_warmup_steps}; it must be at least 0"
+            )
         for name, value, choices in (
             ("preconditioning", self.preconditioning, PRECONDITIONINGS),
             ("newton_schulz_form", self.newton_schulz_form, FORMS),
@@ -86,6 +97,7 @@ class Muon(MatrixSettings):
             form=self.newton_schulz_form,
             dtype=self.newton_schulz_dtype,
             preconditioning=self.preconditioning,
+            warmup=(self.momentum_start, self.momentum_warmup_steps),
         )
 
     def direction(self) -> optax.GradientTransformation:
@@ -108,6 +120,7 @@ def scale_by_orthogonal_momentum(
     form: Form = "auto",
     dtype: str = "float32",
     preconditioning: Preconditioning = "frobenius",
+    warmup: tuple[float, int] = (0.0, 0),
 ) -> optax.GradientTransformation:
     """`optax.contrib.scale_by_muon` for stacked matrices: any form, product type and coefficients.
 
@@ -117,6 +130,7 @@ def scale_by_orthogonal_momentum(
       nesterov: Nesterov's momentum, with Optax's correction for the zero at the start.
       form, preconditioning: see `train.optimizers.orthogonal.orthogonalize`.
       dtype: of the orthogonalisation.
+      warmup: what the momentum starts at, and in how many updates it rises to `momentum`.
 
     >>> from train.optimizers.orthogonal import polar_express
     >>> tx = scale_by_orthogonal_momentum(polar_express(8))
@@ -128,15 +142,19 @@ def scale_by_orthogonal_momentum(
     def init(params):
         return MomentumState(jnp.int32(0), optax.tree.zeros_like(params))
 
+    rising, left = _warming(momentum, *warmup)
+
     def update(updates, state, params=None):
-        mu = optax.tree.update_moment(updates, state.mu, momentum, 1)
+        # b: this update's momentum; of the zero at the start, `left` updates later, is still there.
+        b = rising(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b, 1)
         count = optax.safe_increment(state.count)
         if nesterov:
-            ahead = optax.tree.bias_correction(mu, momentum, optax.safe_increment(count))
-            now = optax.tree.bias_correction(updates, momentum, count)
-            direction = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
+            ahead = _corrected(mu, left(optax.safe_increment(count)))
+            now = _corrected(updates, left(count))
+            direction = jax.tree.map(lambda m, g: b * m + (1 - b) * g, ahead, now)
         else:
-            direction = optax.tree.bias_correction(mu, momentum, count)
+            direction = _corrected(mu, left(count))
 
         def one(m, g):
             # "float32" is the least: float64 parameters keep their precision
@@ -147,6 +165,32 @@ def scale_by_orthogonal_momentum(
         return jax.tree.map(one, direction, updates), MomentumState(count, mu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _warming(
+    momentum: float, start: float, steps: int
+) -> tuple[Callable[[jax.Array], Any], Callable[[jax.Array], jax.Array]]:
+    """The momentum of update number n, counted from 0, and the product of those of the first n.
+
+    The product is what n updates leave of the value at the start.
+    """
+    if not steps:
+        return lambda n: momentum, lambda n: momentum**n
+    rising = start + (momentum - start) * np.arange(steps) / steps
+    products = np.float32(np.cumprod([1.0, *rising]))
+
+    def at(n: jax.Array) -> jax.Array:
+        return jnp.where(n < steps, jnp.float32(rising)[jnp.minimum(n, steps - 1)], momentum)
+
+    def product(n: jax.Array) -> jax.Array:
+        return jnp.asarray(products)[jnp.minimum(n, steps)] * momentum ** jnp.maximum(n - steps, 0)
+
+    return at, product
+
+
+def _corrected(tree: Any, left: jax.Array) -> Any:
+    """What Optax's bias correction does: the mean of what was seen, without the zero before."""
+    return jax.tree.map(lambda m: m / (1 - left).astype(m.dtype), tree)
 
 
 def scale_by_shape(consistent_rms: float | None = None) -> optax.GradientTransformation:

@@ -1,0 +1,173 @@
+"""From one phase of a run to the next: a state for the larger model out of that of the smaller.
+
+Parameters grow by `model.grow`. What the optimizer has learned goes with them: an entry of its
+state that belongs to a parameter is taken from the same places as the parameter itself, undivided,
+so that a copied unit has the moments of what it is a copy of. (Where what reads a copy is divided,
+its gradient is, and adaptive steps do not see that factor.) State of another shape, such as the
+factors of a preconditioner, starts anew together with all that lies in the same named tuple, its
+count of updates included. Schedules count on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp  # noqa: F401 (doctest)
+import numpy as np
+
+from model.grow import Source, grown
+from model.rules import is_stacked, path_of
+from train.plugs import PyTree, State
+from train.step import NONFINITE
+
+WEIGHTS = ("average", "z", "init_params", "params0", "x0")
+"""Fields of optimizer states that hold weights, not moments: they grow as the weights do."""
+
+
+class Carried(NamedTuple):
+    """How many numbers of the optimizer's state came from where.
+
+    Attributes:
+      kept: as they were.
+      copied: from the places of the parameter that they belong to.
+      reset: at their start, by the field of the state that holds them.
+    """
+
+    kept: int
+    copied: int
+    reset: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = f"{self.kept:,} kept, {self.copied:,} taken along with their parameters"
+        names = ", ".join(f"{name} ({number:,})" for name, number in self.reset.items())
+        return f"{lines}, {sum(self.reset.values()):,} reset" + (f": {names}" if names else "")
+
+
+def same_shapes(old: PyTree, new: PyTree) -> bool:
+    """Whether two trees have one structure, and leaves of one shape and type.
+
+    >>> same_shapes({"w": jnp.ones(2)}, {"w": jnp.ones(3)})
+    False
+    """
+    facts = [[(path_of(path), a.shape, a.dtype) for path, a in _leaves(t)] for t in (old, new)]
+    return facts[0] == facts[1]
+
+
+def grown_state(state: State, fresh: State, sources: dict[str, Source]) -> State:
+    """Returns the state with which the larger model goes on; traceable.
+
+    Args:
+      state: of the smaller model.
+      fresh: of the larger one as at the start of a run, its parameters those grown already.
+      sources: from `model.grow.sources`.
+
+    Raises:
+      ValueError: a method carries something from step to step, and nobody knows how that grows.
+    """
+    optimizer, _ = carried(state, fresh, sources)
+    extra = {**fresh.extra, NONFINITE: state.extra[NONFINITE]}
+    carrying = [n for n in extra if n != NONFINITE and jax.tree.leaves((state.extra[n], extra[n]))]
+    if carrying:
+        raise ValueError(
+            f"{', '.join(carrying)} carries something for each parameter from step to step, which "
+            "does not grow with the model; train without it, or keep one shape in all phases"
+        )
+    return replace(fresh, step=state.step, rng=state.rng, optimizer=optimizer, extra=extra)
+
+
+def carried(state: State, fresh: State, sources: dict[str, Source]) -> tuple[PyTree, Carried]:
+    """Returns the optimizer's state for the larger model, and what became of it.
+
+    Arrays may be shapes: then only the second answer is of use.
+    """
+    old = {path_of(path): leaf for path, leaf in _leaves(state.optimizer)}
+    params = {path_of(path): leaf for path, leaf in _leaves(state.params)}
+    new_params = {path_of(path): leaf for path, leaf in _leaves(fresh.params)}
+    L, from_L = _layers(params, sources)
+    values: dict[str, Any] = {}
+    nodes: dict[str, str] = {}
+    fate: dict[str, str] = {}
+    for key_path, leaf in _leaves(fresh.optimizer):
+        path = path_of(key_path)
+        nodes[path] = _named_tuple(key_path)
+        found = _parameter(path, new_params)
+        values[path], fate[path] = leaf, "reset"
+        if found is not None and leaf.shape == new_params[found].shape:
+            source = sources.get(found, Source(found))  # a method's own parameters do not grow
+            before = old.get(path.removesuffix(found) + source.path)
+            if before is not None and before.shape == params[source.path].shape:
+                take = source.grown if _field(key_path) in WEIGHTS else source.take
+                if _apply(take, before).shape == leaf.shape:
+                    values[path] = _apply(take, before)
+                    fate[path] = "kept" if source.same else "copied"
+                continue
+        before = old.get(path)
+        if before is None or before.dtype != leaf.dtype:
+            continue
+        if before.shape == leaf.shape:
+            values[path], fate[path] = before, "kept"
+        elif before.shape[:1] == (L,) and leaf.shape == (len(from_L), *before.shape[1:]):
+            values[path] = _apply(lambda a: a[from_L], before)
+            fate[path] = "copied"
+    lost = {nodes[path] for path, what in fate.items() if what == "reset"}
+    numbers: Counter[str] = Counter()
+    reset: Counter[str] = Counter()
+    leaves = []
+    for key_path, leaf in _leaves(fresh.optimizer):
+        path = path_of(key_path)
+        if nodes[path] in lost:
+            reset[_field(key_path)] += leaf.size
+            leaves.append(leaf)
+        else:
+            numbers[fate[path]] += leaf.size
+            leaves.append(values[path])
+    made = jax.tree.unflatten(jax.tree.structure(fresh.optimizer), leaves)
+    return made, Carried(numbers["kept"], numbers["copied"], dict(reset))
+
+
+def grown_params(params: PyTree, fresh: PyTree, sources: dict[str, Source]) -> PyTree:
+    """Returns the grown parameters, with those of `fresh` that the model itself does not have."""
+    made = grown(params, sources)
+    for name in set(fresh) - set(made):
+        stays = name in params and same_shapes(params[name], fresh[name])
+        made[name] = params[name] if stays else fresh[name]
+    return {name: made[name] for name in fresh}
+
+
+def _layers(params: dict[str, Any], sources: dict[str, Source]) -> tuple[int, np.ndarray]:
+    """Length of the old stack, and the layer that each of the new one comes from."""
+    source = next(s for name, s in sources.items() if is_stacked(name))
+    L = params[source.path].shape[0]
+    return L, np.arange(L) if source.places[0] is None else source.places[0]
+
+
+def _apply(take: Any, leaf: Any) -> Any:
+    return jax.eval_shape(take, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else take(leaf)
+
+
+def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _parameter(path: str, params: dict[str, Any]) -> str | None:
+    """The parameter that the end of a path names."""
+    parts = path.split("/")
+    for first in range(len(parts)):
+        if (name := "/".join(parts[first:])) in params:
+            return name
+    return None
+
+
+def _named_tuple(key_path: tuple[Any, ...]) -> str:
+    """Path of the innermost named tuple that a leaf lies in."""
+    fields = [i for i, k in enumerate(key_path) if isinstance(k, jax.tree_util.GetAttrKey)]
+    return path_of(key_path[: fields[-1]]) if fields else ""
+
+
+def _field(key_path: tuple[Any, ...]) -> str:
+    """The field of that named tuple."""
+    names = [k.name for k in key_path if isinstance(k, jax.tree_util.GetAttrKey)]
+    return names[-1] if names else path_of(key_path)
