@@ -38,5 +38,5 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-hf-test: $(VENV)/.installed-test
-	$(PIP) install -c constraints.txt -e '.[test,hf-test,ray]'
+	$(PIP) install -c constraints.txt -e '.[test,hf-test,ray,tpu-plan]'
 	@touch $@

@@ -8,10 +8,12 @@ evaluation), and beside it everything from the start of the loop.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.grid import Result
+from model.flops import flops_per_token
 from train.settings import Settings
 
 
@@ -76,6 +78,28 @@ def tokens_until(settings: Settings, steps: int) -> int:
     for phase in settings.phases:
         taken = min(steps, phase.steps)
         total += taken * phase.batch_size * phase.sequence_length
+        steps -= taken
+    return total
+
+
+def flops_until(settings: Settings, steps: int, vocabulary_size: int) -> float:
+    """Returns the floating-point operations of the first `steps` steps of a run.
+
+    The analytic count of `model.flops`, three times that of the forward pass, phase by phase; what
+    an optimizer does besides is not counted.
+
+    >>> from model.presets import gpt2_tiny
+    >>> from train.settings import Phase
+    >>> one = Settings(phases=(Phase(10, gpt2_tiny(), 4, 8),))
+    >>> flops_until(one, 2, 64) == 3 * 64 * flops_per_token(gpt2_tiny(), 8)
+    True
+    """
+    total = 0.0
+    for phase in settings.phases:
+        taken = min(steps, phase.steps)
+        model = dataclasses.replace(phase.model, vocabulary_size=vocabulary_size)
+        tokens = taken * phase.batch_size * phase.sequence_length
+        total += 3.0 * tokens * flops_per_token(model, phase.sequence_length)
         steps -= taken
     return total
 

@@ -1,42 +1,36 @@
-"""Trains a baseline for a fixed number of steps, then the recommended recipe to the same loss.
+"""Time to a loss: the recommended recipe against baselines, and every technique by itself.
 
     python -m experiments.speedrun --scale demo
 
-The demo needs no download and under four minutes on two CPU cores. It prints a table and a sample
-of text, and writes JSON, Markdown and a picture of loss against time.
+trains a baseline for a fixed number of steps, then the recommended recipe to the same loss. It
+needs no download and under four minutes on two CPU cores, prints a table and a sample of text, and
+writes JSON, Markdown and a picture of loss against time.
 
-The baseline is the mission's own: GPT-2's block with its dropout under Adam at a constant 1e-4,
-which nobody tuned. The ratio is an illustration on one seed, not a claim about tuned baselines.
+    python -m experiments.speedrun --scale cpu                     # the ladder, one seed
+    python -m experiments.speedrun --scale cpu --rung muon --seeds 3
+    python -m experiments.speedrun --scale cpu --data tinyshakespeare.txt
+
+climbs the ladder: two baselines in torch (extra `baseline`), then a technique a rung, each on top
+of those that are kept below it (`experiments/ladder/rungs.py`). Under an hour on two cores once the
+baselines have run. Finished runs are kept in experiments/results/speedrun-SCALE.json and do not run
+again; Markdown and pictures beside it are made from it alone.
+
+    python -m experiments.speedrun --scale cpu --tune muon         # the trials of one rung
+    python -m experiments.speedrun --scale cpu --sizes             # rungs at four sizes, and a fit
+    python -m experiments.speedrun --scale cpu --side-by-side      # steps alone, in turn
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import jax
+from typing import Literal
 
 from experiments.cli import run_main
-from experiments.compare import Curve, picture
 from experiments.compilation import use_compilation_cache
-from experiments.execute import Execution
-from experiments.grid import Cell, Result, run_cells
-from experiments.machine import machine
-from experiments.protocol import Time, table, time_to
-from experiments.recipes import DEMO, baseline, recommended
-from experiments.run import open_run, write_json
-from model.flops import parameter_count
-from model.generate import Sampling, generate
-from train.loop import LoopSettings
-
-STEPS = 400  # about a minute of the baseline's training on two cores
-RECIPE_STEPS = 40  # what the recipe's schedule spans where it stops at the target
-EVALUATIONS = 8  # of the runs of full length; one costs about two seconds
-CLOSE = 2  # steps between evaluations on the way to the target, which it passes in a few
-PROMPT = "def read_"
+from experiments.ladder.command import Ladder, run_ladder
+from experiments.ladder.demo import run_demo
 
 
 @dataclass(frozen=True)
@@ -44,16 +38,34 @@ class Speedrun:
     """Settings of a speedrun.
 
     Attributes:
-      scale: size of model, data and budget.
-      out: folder of the results; the runs lie in `cells/` there.
-      seed: of all runs.
+      scale: size of model, data and budget; "tiny" is for trying the command out.
+      out: folder of the runs, those of the demo and its results; runs/speedrun-SCALE by default.
+      seed: of all runs of the demo.
       fresh: forget earlier results of this command and run again.
+      rung: those to run, baselines by their names torch and torch-tuned; all by default.
+      seeds: how many, from 0, for the ladder.
+      data: sources in place of the scale's; a file of text is read as bytes.
+      tokenizer: in place of the scale's, or of bytes.
+      max_minutes: begin no further run after so long.
+      tune: a rung whose trials are run in place of the ladder.
+      sizes: measure rungs at four sizes in place of the ladder.
+      side_by_side: time the steps of rungs and of the tuned baseline in turn, in place of the runs.
+      results: where JSON, Markdown and pictures of the ladder lie.
     """
 
-    scale: Literal["demo"] = "demo"
-    out: Path = Path("runs/speedrun-demo")
+    scale: Literal["demo", "cpu", "gpu", "tiny"] = "demo"
+    out: Path | None = None
     seed: int = 0
     fresh: bool = False
+    rung: tuple[str, ...] = ()
+    seeds: int = 1
+    data: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    max_minutes: float | None = None
+    tune: str | None = None
+    sizes: bool = False
+    side_by_side: bool = False
+    results: Path = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -62,99 +74,45 @@ def main() -> None:
 
     command = tyro.cli(Speedrun, description=__doc__)
     use_compilation_cache()
-    cells = command.out / "cells"
+    out = command.out or Path(f"runs/speedrun-{command.scale}")
+    cells = out / "cells"
     if command.fresh:
-        cells = command.out / f"cells-{time.strftime('%Y%m%d-%H%M%S')}"
-    whole = LoopSettings(evaluate_every=STEPS // EVALUATIONS)
-    base = _run(
-        f"1. baseline: GPT-2 block, Adam at a constant 1e-4, {STEPS} steps",
-        Cell("baseline", baseline(DEMO, STEPS, command.seed), whole),
-        cells,
-    )
-    ours = _run(
-        f"2. recommended: modern block, Muon, until the baseline's loss of {base.loss:.4f}",
-        Cell(
-            "recommended",
-            recommended(DEMO, RECIPE_STEPS, command.seed),
-            LoopSettings(evaluate_every=CLOSE, target_loss=base.loss),
-        ),
-        cells,
-    )
-    longer = _run(
-        f"3. recommended: for as many steps as the baseline, {STEPS}",
-        Cell("recommended", recommended(DEMO, STEPS, command.seed), whole),
-        cells,
-    )
-    times = [time_to(result, base.loss) for result in (base, ours)]
-    text = f"{table(times)}\n\n{_equal_steps(base, longer)}"
-    _write(command.out, text, base, times, longer)
-    print(f"\n{text}\n\n{_sample(longer, command.seed)}\n")
-    written = (str(command.out / f"speedrun.{kind}") for kind in ("md", "json", "png"))
-    print(f"written: {', '.join(written)}")
+        cells = out / f"cells-{time.strftime('%Y%m%d-%H%M%S')}"
+    if command.scale != "demo":
+        run_ladder(ladder_of(command, cells))
+        return
+    check_demo(command)
+    run_demo(out, command.seed, cells)
 
 
-def _run(title: str, cell: Cell, folder: Path) -> Result:
-    print(f"\n{title}")
-    start = time.perf_counter()
-    (result,) = run_cells([cell], folder, execution=Execution(keep_last=1))
-    if time.perf_counter() - start < 1:
-        print("   (finished earlier; --fresh runs it again)")
-    return result
-
-
-def _equal_steps(base: Result, longer: Result) -> str:
-    return (
-        f"After {STEPS} steps each, the validation loss is {base.loss:.3f} for the baseline and "
-        f"{longer.loss:.3f} for the recommended recipe ({_bits(base):.3f} and {_bits(longer):.3f} "
-        "bits per byte)."
+def ladder_of(command: Speedrun, cells: Path) -> Ladder:
+    """Returns what the command asks of the ladder."""
+    if command.seed:
+        raise ValueError("--seed is the demo's; the ladder takes --seeds N, from 0")
+    return Ladder(
+        scale=command.scale,
+        cells=cells,
+        rungs=command.rung,
+        seeds=command.seeds,
+        data=command.data,
+        tokenizer=command.tokenizer,
+        max_minutes=command.max_minutes,
+        tune=command.tune,
+        sizes=command.sizes,
+        side_by_side=command.side_by_side,
+        fresh=command.fresh,
+        results=command.results,
     )
 
 
-def _bits(result: Result) -> float:
-    return float(result.evaluations[-1]["bits_per_byte"])
-
-
-def _write(out: Path, text: str, base: Result, times: list[Time], longer: Result) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        "command": "python -m experiments.speedrun --scale demo",
-        "machine": machine(),
-        "target": base.loss,
-        "runs": [dataclasses.asdict(t) for t in times],
-        "equal_steps": {"steps": STEPS, "baseline": base.loss, "recommended": longer.loss},
-    }
-    write_json(out / "speedrun.json", content)
-    (out / "speedrun.md").write_text(text + "\n")
-    picture([_curve("baseline", base), _curve("recommended", longer)], out / "speedrun.png")
-
-
-def _curve(name: str, result: Result) -> Curve:
-    rows = result.evaluations
-    return Curve(
-        name,
-        [row["step"] for row in rows],
-        [float(row["loss"]) for row in rows],
-        [row["seconds"] for row in rows],
-        {},
-    )
-
-
-def _sample(result: Result, seed: int) -> str:
-    """A continuation by the recommended run, and what wrote it."""
-    run = open_run(result.folder)
-    found = generate(
-        run.model,
-        run.params,
-        [run.tokenizer.encode(PROMPT).tolist()],
-        key=jax.random.key(seed),
-        max_new_tokens=100,
-        sampling=Sampling(temperature=0.7, top_p=0.9),
-        stop_tokens=[run.tokenizer.end_of_document],
-    )
-    size = parameter_count(run.model.config)
-    text = PROMPT + run.tokenizer.decode(found.new_tokens()[0])
-    body = "\n".join(f"  | {line}" for line in text.splitlines())
-    return f"What {size / 1e6:.1f} M parameters write after {run.step} steps of it:\n{body}"
+def check_demo(command: Speedrun) -> None:
+    """Raises ValueError for what the demo does not know."""
+    plain = Speedrun()
+    ladder = ("rung", "seeds", "data", "tokenizer", "max_minutes", "tune", "sizes")
+    names = (*ladder, "side_by_side", "results")
+    if given := [name for name in names if getattr(command, name) != getattr(plain, name)]:
+        flag = given[0].replace("_", "-")
+        raise ValueError(f"the demo has no --{flag}; give --scale cpu or gpu with it")
 
 
 if __name__ == "__main__":

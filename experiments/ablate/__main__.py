@@ -1,6 +1,7 @@
 """Compares methods in tables: runs the cells that are missing, then writes what all of them say.
 
     python -m experiments.ablate compress --tables quantize
+    python -m experiments.ablate optimizers --rows muon adamw
 
 Finished cells are kept in experiments/results/TOPIC-BACKEND.json and do not run again; Markdown and
 pictures beside it are made from it alone.
@@ -12,14 +13,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.ablate import compress
+from experiments.ablate import compress, optimizers, transfer
 from experiments.ablate.gathered import Gathered
 from experiments.ablate.report import read, write_data, write_report
 from experiments.ablate.tables import Request, Table, complete
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 
-TOPICS: dict[str, tuple[Table, ...]] = {"compress": compress.TABLES}
+TOPICS: dict[str, tuple[Table, ...]] = {
+    "compress": compress.TABLES,
+    "optimizers": optimizers.TABLES,
+    "transfer": transfer.TABLES,
+}
 """The tables of each topic."""
 
 
@@ -30,6 +35,7 @@ class Ablate:
     Attributes:
       topic: whose tables.
       tables: which of them; all by default.
+      rows: which of their rows; all by default.
       seeds: how many, from 0.
       max_minutes: begin no further cell after so long.
       fresh: forget earlier results and run everything again, in a new folder; with --out, go on in
@@ -42,6 +48,7 @@ class Ablate:
 
     topic: str
     tables: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     seeds: int = 3
     max_minutes: float | None = None
     fresh: bool = False
@@ -70,7 +77,7 @@ def run_command(command: Ablate) -> list[Path]:
     if command.fresh and command.out is None:
         out = Path(f"runs/ablate-{time.strftime('%Y%m%d-%H%M%S')}")
         print(f"runs anew in {out}; to go on with it later: --fresh --out {out}")
-    request = Request(out / "cells", command.seeds, command.stories)
+    request = Request(out / "cells", command.seeds, command.stories, command.rows)
     path = command.results / f"{command.topic}-{jax.default_backend()}.json"
     gathered = read(path)
     chosen = [table for table in tables if not command.tables or table.name in command.tables]

@@ -35,11 +35,21 @@ class Request:
       cells: folder of the runs and measurements.
       seeds: how many, from 0.
       stories: folder of the foreign model, see `model.llama2c`; None leaves its rows out.
+      rows: that are run, by name, "NAME at ..." along with NAME; all if empty.
     """
 
     cells: Path = Path("runs/ablate/cells")
     seeds: int = 3
     stories: Path | None = None
+    rows: tuple[str, ...] = ()
+
+    def asks_for(self, item: Item) -> bool:
+        """Whether a cell is to be run: all are, unless rows are named.
+
+        >>> Request(rows=("adam",)).asks_for(Measurement("adam at 0.1", {}, dict))
+        True
+        """
+        return not self.rows or item.name.split(" at ")[0] in self.rows or item.name in self.rows
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,7 @@ def complete(
 
     Raises:
       KeyboardInterrupt: a cell was stopped; the same command goes on from there.
+      ValueError: a row was asked for that there is not.
     """
     console, start = Console(), time.monotonic()
     listed = {table.name: list(table.cells(request)) for table in tables}
@@ -137,7 +148,15 @@ def complete(
     for _, item in unique.values():
         if not gathered.has(item) and (found := values_of(item, request.cells)):
             gathered.add(item, *found)
-    todo = [(name, item) for name, item in unique.values() if not gathered.has(item)]
+    known = {item.name for _, item in unique.values()}
+    groups = sorted({name.split(" at ")[0] for name in known})
+    if unknown := [row for row in request.rows if row not in known and row not in groups]:
+        raise ValueError(f"no row is called {unknown[0]!r}; there are {', '.join(groups)}")
+    todo = [
+        (name, item)
+        for name, item in unique.values()
+        if request.asks_for(item) and not gathered.has(item)
+    ]
     console.print(f"{len(unique) - len(todo)} cells are finished, {len(todo)} run now")
     for number, (name, item) in enumerate(todo, start=1):
         spent = (time.monotonic() - start) / 60

@@ -1,0 +1,152 @@
+"""The training step against Hugging Face's GPT-2 in torch, eager and compiled.
+
+Both sides train the same model in float32 with AdamW, from the same initial weights on the same
+batches, steps of equal analytic cost; that is checked, and no ratio is given where it is not so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from experiments.bench.ratios import farthest, ratio
+from experiments.bench.shapes import RATE, SHAPES, environment_of, shape_from_json, shape_to_json
+from experiments.bench.sides import Side, interleaved
+from experiments.bench.table import Table, rows_of
+from experiments.grid import Measured, Measurement
+
+JAX, EAGER, COMPILE = "ours", "torch eager", "torch.compile"
+# Nats: the most that rounding may part the sides in the first 100 steps.
+SAME_LOSS = {"float32": 0.01, "bfloat16": 0.1}
+PRODUCT, REPEATS = 1536, 3  # side of the square products whose speed is the machine's peak
+PRODUCT_CUDA = 8192
+# Rounds and steps of each: a few minutes in all, 100 steps where they are short.
+EFFORT = {"3m": (12, 8), "12m": (8, 3), "124m": (6, 1), "124m-cuda": (10, 10)}
+
+
+def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Times all sides in turn.
+
+    Args:
+      settings: "shape", "rounds", "steps" of a timing, "warmup" steps before, and "product", the
+        side of the square product; the rate is there as part of the name.
+
+    Returns:
+      By side: "seconds" of each round, "losses" of each step, "facts", "memory"; and "peak", the
+      operations a second that any side reached in a plain matrix product.
+
+    Raises:
+      ValueError: the sides did not do equal work.
+    """
+    given, shape = {"shape": settings["shape"]}, shape_from_json(settings["shape"])
+    subjects = {
+        JAX: ("train.jax", given, environment_of(shape, "ours")),
+        EAGER: ("train.torch", {**given, "mode": "eager"}, environment_of(shape, "torch")),
+        COMPILE: ("train.torch", {**given, "mode": "compile"}, environment_of(shape, "torch")),
+    }
+    with ExitStack() as stack:
+        sides = {name: stack.enter_context(Side(*subject)) for name, subject in subjects.items()}
+        warm = {name: side.ask("time", steps=settings["warmup"]) for name, side in sides.items()}
+        steps = {"steps": settings["steps"]}
+        found = interleaved(sides, settings["rounds"], "time", [steps])
+        product = {"size": settings["product"], "repeats": REPEATS}
+        product |= {"device": shape.device, "dtype": shape.model.dtype}
+        products = interleaved(sides, 2, "peak", [product])
+        memory = {name: side.ask("memory") for name, side in sides.items()}
+        facts = {name: side.facts for name, side in sides.items()}
+    losses = {
+        name: [*warm[name]["losses"], *(loss for answer in rounds for loss in answer["losses"])]
+        for name, (rounds,) in found.items()
+    }
+    audit(facts, losses, SAME_LOSS[shape.model.dtype])
+    return {
+        "seconds": {n: [answer["seconds"] for answer in rounds] for n, (rounds,) in found.items()},
+        "losses": losses,
+        "facts": facts,
+        "memory": memory,
+        "peak": max(speed for (rounds,) in products.values() for speed in rounds),
+    }
+
+
+def audit(
+    facts: Mapping[str, Mapping[str, Any]], losses: Mapping[str, Sequence[float]], most: float
+) -> None:
+    """Raises ValueError unless parameters, analytic cost and the first losses are equal.
+
+    Args:
+      facts: by side.
+      losses: of each step, by side.
+      most: nats by which they may part.
+    """
+    for name in ("parameters", "flops_per_token"):
+        values = {side: fact[name] for side, fact in facts.items()}
+        if not all(math.isclose(v, values[JAX], rel_tol=1e-9) for v in values.values()):
+            raise ValueError(f"the sides differ in {name}: {values}; they are not the same model")
+    if not (apart := farthest(losses)) <= most:
+        raise ValueError(
+            f"the losses of the sides part by {apart:.4f} within 100 steps, more than {most}: "
+            "they do not train the same model on the same batches"
+        )
+
+
+def flops_per_second(measured: Measured, side: str) -> float:
+    """Returns the model's floating-point operations a second, from the median round."""
+    settings, values = measured.measurement.settings, measured.values
+    shape = shape_from_json(settings["shape"])
+    tokens = settings["steps"] * shape.batch_size * shape.sequence_length
+    seconds = sorted(values["seconds"][side])
+    middle = (seconds[(len(seconds) - 1) // 2] + seconds[len(seconds) // 2]) / 2
+    return values["facts"][JAX]["flops_per_token"] * tokens / middle
+
+
+def text(results: Sequence[Measured]) -> str:
+    """Returns the ratios as Markdown: time, fraction of the peak, memory."""
+    rows = []
+    for measured in results:
+        values, seconds = measured.values, measured.values["seconds"]
+        count = values["facts"][JAX]["parameters"] / 1e6
+        for side in (EAGER, COMPILE):
+            rows.append(
+                [
+                    f"{count:.1f} M",
+                    side,
+                    str(ratio(seconds[JAX], seconds[side])),
+                    f"{flops_per_second(measured, JAX) / values['peak']:.0%}",
+                    f"{flops_per_second(measured, side) / values['peak']:.0%}",
+                    f"{_grown(values, JAX) / _grown(values, side):.2f}x",
+                    f"{farthest({n: values['losses'][n] for n in (JAX, side)}):.4f}",
+                ]
+            )
+    names = ["parameters", "against", "tokens a second, ours / theirs", "ours, of the peak"]
+    names += ["theirs, of the peak", "memory, ours / theirs", "losses apart by"]
+    return (
+        "Train step with AdamW, in float32 on a CPU and bfloat16 on a GPU, from the same initial "
+        "weights on the same batches: median of the rounds and their quartiles.\n\n"
+        f"{rows_of(names, rows)}\n\n"
+        "The peak is the fastest square matrix product that any side reached in the same minutes; "
+        "the operations are the model's analytic count. Memory is the most that the process held "
+        "above what it held before the model, compilation included. Losses: the largest difference "
+        "between the two sides in any of the first 100 steps."
+    )
+
+
+def _grown(values: Mapping[str, Any], side: str) -> float:
+    memory = values["memory"][side]
+    return float(max(1, memory["peak"] - memory["before"]))  # a tiny model may fit in what was held
+
+
+def train_table(name: str) -> Table:
+    """The table of one of `SHAPES`."""
+    rounds, steps = EFFORT[name]
+    settings = {
+        "table": "train",
+        "shape": shape_to_json(SHAPES[name]),
+        "rounds": rounds,
+        "steps": steps,
+        "warmup": 4 if steps > 1 else 2,
+        "product": PRODUCT if SHAPES[name].device == "cpu" else PRODUCT_CUDA,
+        "learning_rate": RATE,
+    }
+    return Table("Training step", (Measurement(f"train-{name}", settings, measure),), text)

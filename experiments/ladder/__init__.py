@@ -1,0 +1,1 @@
+"""The ladder: one technique a rung, each measured in time to a loss."""

@@ -1,0 +1,105 @@
+"""Runs one cell in a process of its own, so that its peak of memory is its own.
+
+    python -m experiments.ladder.child JOB.json
+
+What it compiles it compiles anew, so that the seconds of compilation are those of a first start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.baselines.cells import BaselineCell, run_baselines
+from experiments.baselines.settings import baseline_from_json, baseline_to_json
+from experiments.bench.child import peak_bytes as host_peak
+from experiments.cli import run_main
+from experiments.execute import Execution
+from experiments.grid import Cell, run_cells
+from experiments.machine import machine
+from experiments.methods import METHODS
+from experiments.run import read_json, write_json
+from train.loop import LoopSettings
+from train.settings import from_json, to_json
+
+Job = Cell | BaselineCell
+FACTS = "process.json"  # beside result.json: machine and peak of memory
+
+
+def run_apart(job: Job, folder: Path) -> None:
+    """Runs a cell under `folder` in a child process.
+
+    Raises:
+      KeyboardInterrupt: it was stopped by a signal; ours go on from there.
+      RuntimeError: it failed; it has said why.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{job.key}.job.json"
+    write_json(path, job_to_json(job))
+    command = [sys.executable, "-m", "experiments.ladder.child", str(path), str(folder)]
+    status = subprocess.run(command, env=_environment(job), check=False).returncode
+    if status in (130, -2, 143, -15):
+        raise KeyboardInterrupt(f"{job.name} was stopped; the same command goes on from there")
+    if status:
+        raise RuntimeError(f"{job.name} failed with status {status}; what it said stands above")
+    path.unlink()
+
+
+def run_here(job: Job, folder: Path) -> None:
+    """Runs a cell under `folder` in this process."""
+    if isinstance(job, BaselineCell):
+        run_baselines([job], folder)
+    else:
+        run_cells([job], folder, execution=Execution(keep_last=1, keep_best=0))
+    facts = {"machine": machine(), "peak_bytes": peak_bytes(job)}
+    write_json(folder / job.key / FACTS, facts)
+
+
+def peak_bytes(job: Job) -> int:
+    """Returns the most memory that this process has held: of the GPU where it uses one."""
+    if isinstance(job, BaselineCell) and job.baseline.device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    if jax.default_backend() == "gpu":
+        return int((jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"])
+    return host_peak()
+
+
+def job_to_json(job: Job) -> dict[str, Any]:
+    """Returns a cell as JSON values."""
+    what: dict[str, Any] = {"name": job.name, "loop": dataclasses.asdict(job.loop)}
+    if isinstance(job, BaselineCell):
+        return {**what, "baseline": baseline_to_json(job.baseline)}
+    return {**what, "settings": to_json(job.settings)}
+
+
+def job_from_json(content: dict[str, Any]) -> Job:
+    """Returns the cell that `job_to_json` wrote."""
+    loop = LoopSettings(**content["loop"])
+    if "baseline" in content:
+        return BaselineCell(content["name"], baseline_from_json(content["baseline"]), loop)
+    return Cell(content["name"], from_json(content["settings"], METHODS), loop)
+
+
+def _environment(job: Job) -> dict[str, str]:
+    changes = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if isinstance(job, BaselineCell):
+        changes["JAX_PLATFORMS"] = "cpu"  # leaves a GPU and its memory to torch
+    return {**os.environ, **changes}
+
+
+def main() -> None:
+    """Runs the job that is named."""
+    path, folder = map(Path, sys.argv[1:])
+    run_here(job_from_json(read_json(path)), folder)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,89 @@
+"""The ladder drawn: loss against time, and what every rung takes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from experiments.ladder.climb import BASELINES, TORCH, TORCH_TUNED, Site, lengths_of
+from experiments.ladder.rows import curves_of, mean_end, names_of, row_of
+from experiments.ladder.rungs import RUNGS
+
+
+def draw(site: Site, path: Path) -> bool:
+    """Draws both into a PNG; returns False where there is nothing to draw yet."""
+    from matplotlib.figure import Figure
+
+    names = names_of(site)
+    target = mean_end(site, TORCH_TUNED)
+    if not names or math.isnan(target):
+        return False
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _losses(left, site, names, target)
+    _bars(right, site, names, target)
+    figure.suptitle(site.table, fontsize=10)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def _losses(axes: Any, site: Site, names: list[str], target: float) -> None:
+    from matplotlib import colormaps
+
+    kept = {rung.name for rung in RUNGS if rung.kept}
+    shown = [name for name in names if name in BASELINES or name in kept]
+    colours = colormaps["viridis"].resampled(max(len(shown) - len(BASELINES), 1))
+    number = 0
+    for name in shown:
+        points = _shown_run(site, name, target)
+        seconds = [p["training"] for p in points]
+        bits = [float(p["bits"]) for p in points]
+        if name in BASELINES:
+            style: dict[str, Any] = {"color": "black", "linestyle": "--"}
+            style["alpha"] = 0.5 if name == TORCH else 1.0
+        else:
+            style = {"color": colours(number)}
+            number += 1
+        axes.plot(seconds, bits, marker=".", label=name, **style)
+    for baseline in BASELINES:
+        if not math.isnan(end := mean_end(site, baseline)):
+            axes.axhline(end, color="grey", linewidth=0.6)
+    axes.set(xlabel="seconds of training", ylabel="bits per byte, validation", xscale="log")
+    axes.legend(fontsize=7, frameon=False)
+    _plain(axes)
+
+
+def _shown_run(site: Site, name: str, target: float) -> list[dict[str, Any]]:
+    """The run of the first seed that reaches the target first; its longest if none does."""
+    runs = lengths_of(site, name, min(curves_of(site, name)))
+    enough = [v for v in runs.values() if v["points"] and float(v["points"][-1]["bits"]) <= target]
+    return list((enough[0] if enough else runs[max(runs)])["points"])
+
+
+def _bars(axes: Any, site: Site, names: list[str], target: float) -> None:
+    kept = {rung.name for rung in RUNGS if rung.kept}
+    rows = [row_of(site, name, target, TORCH_TUNED) for name in names]
+    for place, row in enumerate(rows):
+        there = len(row.reached) > 0
+        mean, error = row.mean("training") if there else (_longest(site, row.name), math.nan)
+        colour = "black" if row.name in BASELINES else "tab:blue" if row.name in kept else "silver"
+        bar = {"color": colour} if there else {"color": "white", "edgecolor": colour, "hatch": "//"}
+        axes.barh(place, mean, xerr=0.0 if math.isnan(error) else error, **bar)
+        text = f" {mean:.1f} s" if there else f" not reached in {mean:.0f} s"
+        axes.text(mean, place, text, va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set(xlabel=f"seconds of training to {target:.3f} bits per byte")
+    _plain(axes)
+
+
+def _longest(site: Site, name: str) -> float:
+    runs = curves_of(site, name)
+    return max(float(points[-1]["training"]) for points in runs[min(runs)] if points)
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

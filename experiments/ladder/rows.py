@@ -1,0 +1,161 @@
+"""The figures of a ladder: what every rung took to a target, and how much less than others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from experiments.ladder.climb import BASELINES, TORCH, TORCH_TUNED, Site, lengths_of
+from experiments.ladder.measure import Reached, fastest, last_bits
+from experiments.ladder.rungs import RUNGS, below
+
+Curves = Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]
+"""seed -> the runs of a row, of several lengths, each as its evaluations."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a rung or a baseline took to a target.
+
+    Attributes:
+      name: of it.
+      reached: seed -> costs there, for the seeds that got there.
+      seeds: all that were run.
+      bits: seed -> bits per byte at the end of its longest run.
+      peak_bytes: the largest resident memory of its processes.
+    """
+
+    name: str
+    reached: Mapping[int, Reached] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    bits: Mapping[int, float] = field(default_factory=dict)
+    peak_bytes: float = math.nan
+
+    def mean(self, what: str) -> tuple[float, float]:
+        """Returns mean and standard error of a cost over the seeds that reached the target."""
+        return mean_and_error([cost(each, what) for each in self.reached.values()])
+
+
+def cost(reached: Reached, what: str) -> float:
+    """Returns one cost: a field of `Reached`, "compiled" (training and compilation), or "speed"
+    (tokens a second of training)."""
+    if what == "compiled":
+        return reached.training + reached.compiling
+    if what == "speed":
+        return reached.tokens / reached.training if reached.training else math.nan
+    return float(getattr(reached, what))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean and its standard error, NaN for what there are too few values for.
+
+    >>> mean_and_error([1.0, 3.0]), mean_and_error([2.0])
+    ((2.0, 1.0), (2.0, nan))
+    """
+    if not len(values):
+        return math.nan, math.nan
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), error
+
+
+def curves_of(site: Site, name: str) -> Curves:
+    """Returns all finished runs of a row by seed."""
+    seeds = sorted(
+        {int(seed) for each in site.gathered.index.get(site.table, {}).values() for seed in each}
+    )
+    found = {
+        seed: [values["points"] for values in lengths_of(site, name, seed).values()]
+        for seed in seeds
+    }
+    return {seed: runs for seed, runs in found.items() if runs}
+
+
+def row_of(site: Site, name: str, target: float, end_of: str | None = None) -> Row:
+    """Returns what a row took to a target in bits per byte.
+
+    Args:
+      site: with what is finished.
+      name: of a rung or baseline.
+      target: bits per byte.
+      end_of: the baseline whose mean end the target is; a seed of its own that ends above the mean
+        counts with all of its run.
+    """
+    curves = curves_of(site, name)
+    found: dict[int, Reached] = {}
+    for seed, runs in curves.items():
+        there = fastest(runs, target)
+        if there is None and name == end_of:
+            longest = runs[-1]
+            there = fastest([longest], last_bits(longest))
+        if there is not None:
+            found[seed] = there
+    peaks = [
+        values["peak_bytes"] for seed in curves for values in lengths_of(site, name, seed).values()
+    ]
+    ends = {seed: last_bits(runs[-1]) for seed, runs in curves.items()}
+    return Row(name, found, tuple(curves), ends, max(peaks, default=math.nan))
+
+
+def ratio(of: Row, to: Row, what: str = "training") -> tuple[float, float, int]:
+    """Returns how many times the cost of `of` the row `to` had: mean, standard error, pairs.
+
+    Seeds are paired: same initial parameters where the model is the same, same order of the data.
+    """
+    seeds = sorted(set(of.reached) & set(to.reached))
+    ratios = [cost(to.reached[s], what) / cost(of.reached[s], what) for s in seeds]
+    return (*mean_and_error(ratios), len(ratios))
+
+
+def at_least(site: Site, of: Row, baseline: str, what: str = "training") -> float:
+    """Returns the ratio to all of a baseline that did not reach the target: at least so many times.
+
+    NaN where there is nothing to compare.
+    """
+    found = []
+    for seed, runs in curves_of(site, baseline).items():
+        if seed in of.reached:
+            whole = fastest([runs[-1]], last_bits(runs[-1]))
+            if whole is not None:
+                found.append(cost(whole, what) / cost(of.reached[seed], what))
+    return mean_and_error(found)[0]
+
+
+def names_of(site: Site) -> list[str]:
+    """Returns the baselines and rungs that have runs, from the bottom up."""
+    names = [*BASELINES, *(rung.name for rung in RUNGS)]
+    return [name for name in names if curves_of(site, name)]
+
+
+def compared_with(name: str) -> str | None:
+    """Returns the row below: for the first rung the baseline that learns alike, None for that."""
+    if name in BASELINES:
+        return TORCH if name == TORCH_TUNED else None
+    return below(name) or TORCH
+
+
+def mean_end(site: Site, baseline: str) -> float:
+    """Returns the mean bits per byte at the end of a baseline's whole budget; NaN without runs."""
+    ends = []
+    for seed in curves_of(site, baseline):
+        whole = lengths_of(site, baseline, seed).get(site.scale.tokens)
+        if whole is not None:
+            ends.append(last_bits(whole["points"]))
+    return mean_and_error(ends)[0]
+
+
+def further_targets(site: Site, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> list[float]:
+    """Returns the mean bits per byte of the tuned baseline after shares of its budget, falling."""
+    ends: list[list[float]] = [[] for _ in shares]
+    for seed in curves_of(site, TORCH_TUNED):
+        whole = lengths_of(site, TORCH_TUNED, seed).get(site.scale.tokens)
+        if whole is None:
+            continue
+        for share, found in zip(shares, ends, strict=True):
+            due = share * site.scale.tokens
+            late = [p for p in whole["points"] if p["tokens"] >= due]
+            found.append(float(late[0]["bits"]))
+    return [float(np.mean(found)) for found in ends if found]

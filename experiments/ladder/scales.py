@@ -1,0 +1,157 @@
+"""What the ladder is climbed with at each `--scale`: data, shape, budget, and what was tuned."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.ladder.search import Search
+from model.config import TransformerConfig
+from model.presets import gpt2
+from train.optimizers import AdamW, Muon
+from train.schedules import Linear
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was chosen by trials (`--tune`), each group with as many trials as the baseline's.
+
+    Attributes:
+      torch_adamw: of the second baseline, by `python -m experiments.baselines.tune`.
+      torch_warmup: share of its steps.
+      torch_schedule: after that.
+      adamw: for the GPT-2 block.
+      adamw_warmup: share of the steps.
+      rows: of the batch that fits the budget.
+      rows_rate: AdamW's at that batch.
+      block_rate: AdamW's for the modern block.
+      muon: for the modern block.
+      embedding_rate: factor on the rate of the embeddings.
+      head_rate: factor on the rate of the head.
+      vocabulary: tokenizer of the rung that changes it.
+    """
+
+    torch_adamw: AdamW = field(default_factory=lambda: AdamW(learning_rate=4e-3))
+    torch_warmup: float = 0.05
+    torch_schedule: Any = field(default_factory=Linear)
+    adamw: AdamW = field(default_factory=lambda: AdamW(learning_rate=4e-3))
+    adamw_warmup: float = 0.05
+    rows: int = 8
+    rows_rate: float = 4e-3
+    block_rate: float = 4e-3
+    muon: Muon = field(default_factory=lambda: Muon(learning_rate=0.02, adam_learning_rate=0.008))
+    embedding_rate: float = 2.0
+    head_rate: float = 0.5
+    vocabulary: str = "sentencepiece:1024"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size of everything.
+
+    Attributes:
+      name: on the command line.
+      data: sources, with a test split where tuning is to leave one alone.
+      model: GPT-2's block at this size.
+      rows: of the baselines' batch.
+      length: tokens of a row.
+      tokenizer: of all rungs but one.
+      tokens: the budget of either baseline, fixed before anything was tuned.
+      evaluations: of a run; a torch baseline, which is run once, has four times as many.
+      runs: lengths that the search tries at most.
+      choices: what was tuned.
+      mode: of the torch baselines.
+      device: of the torch baselines.
+      label: of a size, where one is measured at several.
+      precision: of the torch baselines.
+    """
+
+    name: str
+    data: tuple[str, ...]
+    model: TransformerConfig
+    rows: int
+    length: int
+    tokenizer: str
+    tokens: int
+    evaluations: int = 6
+    runs: int = 5
+    choices: Choices = field(default_factory=Choices)
+    mode: Any = "eager"
+    device: Any = "cpu"
+    precision: Any = "float32"
+    label: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Updates of either baseline."""
+        return self.tokens // (self.rows * self.length)
+
+    @property
+    def search(self) -> Search:
+        """The rule by which every rung finds its length."""
+        # Half a batch of the baseline: the fitted batch may be smaller.
+        quantum = self.rows * self.length // 2
+        least = self.evaluations * quantum
+        # A rung may take a quarter more than the baseline: one that learns as the baseline does
+        # ends a little above or under it.
+        most = self.tokens * 5 // 4 // quantum * quantum
+        return Search(least, most, quantum, runs=self.runs)
+
+    def at(self, **changes: Any) -> Scale:
+        """Returns the scale with other fields."""
+        return dataclasses.replace(self, **changes)
+
+
+# 1.1 M parameters and 1.2 million tokens, so that either baseline takes under two minutes on two
+# cores. Rates are of the first trials at the demo's size and stand until `--tune` has run.
+CPU = Scale(
+    name="cpu",
+    data=("stdlib",),
+    model=gpt2(layers=4, width=128, heads=4, max_length=256),
+    rows=16,
+    length=128,
+    tokenizer="sentencepiece:2048",
+    tokens=16 * 128 * 600,
+)
+
+# GPT-2 124M, batches of 32 x 1,024 tokens, 1,000 steps of them: 33 million tokens, which an H100 or
+# H200 trains in two to three minutes at 40 % of its peak. It has no data of its own.
+GPU = Scale(
+    name="gpu",
+    data=(),
+    model=gpt2(dtype="bfloat16"),
+    rows=32,
+    length=1024,
+    tokenizer="sentencepiece:32768",
+    tokens=32 * 1024 * 1000,
+    evaluations=8,
+    runs=3,
+    choices=Choices(
+        torch_adamw=AdamW(learning_rate=2e-3),
+        adamw=AdamW(learning_rate=2e-3),
+        rows=16,
+        rows_rate=2e-3,
+        block_rate=2e-3,
+        muon=Muon(newton_schulz_dtype="bfloat16"),
+        vocabulary="sentencepiece:16384",
+    ),
+    mode="compile",
+    device="cuda",
+    precision="bfloat16",
+)
+
+# For tests and for trying out a rung: seconds a run.
+TINY = Scale(
+    name="tiny",
+    data=("stdlib",),
+    model=gpt2(layers=2, width=32, heads=2, max_length=64),
+    rows=8,
+    length=32,
+    tokenizer="bytes",
+    tokens=8 * 32 * 48,
+    evaluations=4,
+    choices=Choices(rows=4, vocabulary="sentencepiece:512"),
+)
+
+SCALES: dict[str, Scale] = {scale.name: scale for scale in (CPU, GPU, TINY)}

@@ -1,0 +1,261 @@
+"""What a rung is worth at four sizes, fitted against size, and said of 124 M beforehand.
+
+At each size the ladder is climbed from `rate`, our GPT-2 block under tuned AdamW, whose loss at the
+end of its budget is the target: 0.3 of the scale's budget at the smallest, more with the root of
+the parameters. Rates of AdamW go down with the width, as muP has it for kernels; those of Muon hold
+as they are. The ratio of a rung is that of its seconds of training to those of the next one below
+that was run; its logarithm is fitted as a line over the logarithm of the parameters (embeddings
+included), and the range is two standard errors of a new point to either side. A ratio measured at
+124 M (`--scale gpu`) stands beside what the line says, once there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.ablate.gathered import Gathered
+from experiments.ablate.markdown import grid
+from experiments.ablate.report import read
+from experiments.ladder.climb import Site, climb, target_of
+from experiments.ladder.rows import curves_of, mean_end, ratio, row_of
+from experiments.ladder.rungs import RUNGS, below, recipe_of, rung_named
+from experiments.ladder.scales import SCALES, Scale
+from model.flops import parameter_count
+
+FROM = "rate"
+PREDICTED = 124e6
+SHARE = 0.3  # of the scale's budget, at the smallest size
+RUNS = 3
+SHAPES: Mapping[str, tuple[int, int, int]] = {
+    # layers, width, heads: 0.5, 1.3, 4 and 12 M parameters with 2,048 pieces
+    "0.5M": (2, 96, 3),
+    "1.3M": (4, 144, 4),
+    "4M": (6, 216, 6),
+    "12M": (8, 336, 8),
+}
+
+
+class Line(NamedTuple):
+    """A line through points, and what it says elsewhere.
+
+    Attributes:
+      value: at the new place.
+      error: standard error of a new point there, NaN below three points.
+      slope: of the line.
+    """
+
+    value: float
+    error: float
+    slope: float
+
+
+def line(xs: Sequence[float], ys: Sequence[float], at: float) -> Line:
+    """Returns the least-squares line through points, read at `at`.
+
+    The error of a new observation is ``s * sqrt(1 + 1/n + (at - mean)^2 / Sxx)``, s from n - 2
+    degrees of freedom.
+
+    Raises:
+      ValueError: fewer than two different places.
+
+    >>> line([0.0, 1.0, 2.0], [1.0, 3.0, 5.0], 4.0)[:3]
+    (9.0, 0.0, 2.0)
+    """
+    x, y = np.asarray(xs, float), np.asarray(ys, float)
+    middle, spread = x.mean(), float(((x - x.mean()) ** 2).sum())
+    if spread == 0.0:
+        raise ValueError("a line needs points at two places at least")
+    slope = float(((x - middle) * (y - y.mean())).sum()) / spread
+    residuals = y - y.mean() - slope * (x - middle)
+    value = float(y.mean() + slope * (at - middle))
+    if len(x) < 3:
+        return Line(value, math.nan, slope)
+    s = math.sqrt(float((residuals**2).sum()) / (len(x) - 2))
+    return Line(value, s * math.sqrt(1 + 1 / len(x) + (at - middle) ** 2 / spread), slope)
+
+
+def scales_of(scale: Scale) -> dict[str, Scale]:
+    """Returns the scale at four sizes; the tiny one at sizes for trying the command out."""
+    base = scale.model
+    shapes = SHAPES
+    if scale.name == "tiny":
+        shapes = {"8k": (1, 16, 1), "20k": (1, 32, 2), "40k": (2, 32, 2), "90k": (2, 48, 3)}
+    found = {}
+    first = None
+    for label, (layers, width, heads) in shapes.items():
+        model = dataclasses.replace(base, layers=layers, width=width, heads=heads)
+        size = _parameters(model, scale)
+        first = first or size
+        tokens = SHARE * scale.tokens * (size / first) ** 0.5
+        quantum = scale.search.quantum
+        chosen = scale.choices
+        factor = base.width / width
+        choices = dataclasses.replace(
+            chosen,
+            adamw=dataclasses.replace(
+                chosen.adamw, learning_rate=factor * chosen.adamw.learning_rate
+            ),
+            rows_rate=factor * chosen.rows_rate,
+            block_rate=factor * chosen.block_rate,
+        )
+        found[label] = scale.at(
+            model=model,
+            tokens=round(tokens / quantum) * quantum,
+            choices=choices,
+            runs=RUNS,
+            label=label,
+        )
+    return found
+
+
+def run_sizes(site: Site, names: tuple[str, ...], seeds: int, path: Path) -> list[Path]:
+    """Climbs at every size, and returns the files written.
+
+    Args:
+      site: where; the scale to be resized.
+      names: rungs; all that are kept if empty.
+      seeds: how many.
+      path: of the JSON; Markdown and picture lie beside it.
+
+    Raises:
+      ValueError: a rung below the first that is measured.
+    """
+    order = [rung.name for rung in RUNGS]
+    chosen = names or tuple(rung.name for rung in RUNGS if rung.kept)
+    if names and (low := [n for n in names if order.index(n) < order.index(FROM)]):
+        raise ValueError(f"{low[0]} lies below {FROM}, from which the sizes are measured")
+    chosen = tuple(name for name in order[order.index(FROM) + 1 :] if name in chosen)
+    try:
+        for scale in scales_of(site.scale).values():
+            small = dataclasses.replace(site, scale=scale)
+            target_of(small, FROM, seeds)
+            target = mean_end(small, FROM)
+            for name in chosen:
+                for seed in range(seeds):
+                    climb(small, name, seed, target)
+    except TimeoutError as late:
+        print(f"\nthe minutes are up: {late}")
+    finally:
+        site.save()
+        written = write_sizes(site, path)
+        print(f"\nwritten: {', '.join(map(str, written))}")
+    return written
+
+
+def ratios_of(site: Site, scale: Scale, name: str) -> list[float]:
+    """Returns seconds of the next measured rung below over those of a rung, a figure a seed."""
+    small = dataclasses.replace(site, scale=scale)
+    target = mean_end(small, FROM)
+    under = _measured_below(small, name)
+    if under is None or math.isnan(target):
+        return []
+    rows = [row_of(small, each, target, FROM) for each in (name, under)]
+    seeds = sorted(set(rows[0].reached) & set(rows[1].reached))
+    return [rows[1].reached[s].training / rows[0].reached[s].training for s in seeds]
+
+
+def _measured_below(site: Site, name: str) -> str | None:
+    under = below(name)
+    while under is not None and not curves_of(site, under):
+        under = below(under)
+    return under
+
+
+def write_sizes(site: Site, path: Path) -> list[Path]:
+    """Writes the table, the fit and the picture from what is gathered."""
+    scales = scales_of(site.scale)
+    sizes = {label: _parameters(scale.model, scale) for label, scale in scales.items()}
+    lines = [f"# Rungs against size, scale {site.scale.name}", ""]
+    lines += [f"    python -m experiments.speedrun --scale {site.scale.name} --sizes", ""]
+    lines += [" ".join((__doc__ or "").split()), ""]
+    body, points = [], {}
+    for rung in RUNGS:
+        found = {label: ratios_of(site, scale, rung.name) for label, scale in scales.items()}
+        pairs = [(sizes[label], value) for label, values in found.items() for value in values]
+        if not pairs:
+            continue
+        points[rung.name] = pairs
+        cells = [f"{np.mean(values):.2f}x" if values else "" for values in found.values()]
+        body.append([rung.name, *cells, *_prediction(pairs), _measured(path, rung.name)])
+    head = ["rung", *(f"{sizes[label] / 1e6:.2f} M" for label in scales)]
+    head += ["per tenfold", "said of 124 M", "measured at 124 M"]
+    lines += grid(head, body, "l" + "r" * (len(head) - 1))
+    written = [path, path.with_suffix(".md")]
+    if points:
+        image = path.with_suffix(".png")
+        _draw(points, image)
+        written.append(image)
+        lines += ["", f"![Ratios against parameters]({image.name})"]
+    temporary = written[1].with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(written[1])
+    return written
+
+
+def _prediction(pairs: Sequence[tuple[float, float]]) -> tuple[str, str]:
+    xs = [math.log(size) for size, _ in pairs]
+    if len(set(xs)) < 2:
+        return "", ""
+    fit = line(xs, [math.log(value) for _, value in pairs], math.log(PREDICTED))
+    low, high = math.exp(fit.value - 2 * fit.error), math.exp(fit.value + 2 * fit.error)
+    said = f"{math.exp(fit.value):.2f}x"
+    said += "" if math.isnan(fit.error) else f" ({low:.2f} to {high:.2f})"
+    return f"x{10**fit.slope:.2f}", said
+
+
+def _measured(path: Path, name: str) -> str:
+    """The ratio of the 124 M ladder, where one lies beside."""
+    other = path.with_name("speedrun-gpu.json")
+    if not other.exists():
+        return ""
+    gathered: Gathered = read(other)
+    for table in gathered.index:
+        names, tokenizer = table.rsplit(", ", 1)
+        scale = SCALES["gpu"].at(data=tuple(names.split(" + ")), tokenizer=tokenizer)
+        far = Site(scale, Path(), gathered)
+        target = mean_end(far, FROM)
+        if math.isnan(target):
+            continue
+        under = _measured_below(far, name)
+        if under is None:
+            continue
+        mean, _, pairs = ratio(row_of(far, name, target, FROM), row_of(far, under, target, FROM))
+        if pairs:
+            return f"{mean:.2f}x"
+    return ""
+
+
+def _draw(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Any = figure.add_subplot()
+    for name, pairs in points.items():
+        xs, ys = zip(*pairs, strict=True)
+        (drawn,) = axes.plot(xs, ys, marker="o", linestyle="", label=name)
+        if len(set(xs)) > 1:
+            ends = [min(xs), PREDICTED]
+            logs = [math.log(x) for x in xs], [math.log(y) for y in ys]
+            fitted = [math.exp(line(*logs, math.log(x)).value) for x in ends]
+            axes.plot(ends, fitted, color=drawn.get_color(), linewidth=0.8)
+    axes.axhline(1.0, color="grey", linewidth=0.6)
+    axes.axvline(PREDICTED, color="grey", linewidth=0.6, linestyle=":")
+    axes.set(xlabel="parameters", ylabel="times as fast as the rung below", xscale="log")
+    axes.set_yscale("log")
+    axes.legend(fontsize=7, frameon=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def _parameters(model: Any, scale: Scale) -> int:
+    kind, _, number = scale.tokenizer.partition(":")
+    pieces = int(number) if kind == "sentencepiece" else 257
+    untied = recipe_of(rung_named("muon").name, scale.at(model=model)).model
+    return parameter_count(dataclasses.replace(untied, vocabulary_size=pieces))

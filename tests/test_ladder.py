@@ -1,0 +1,419 @@
+"""The ladder: visible rungs, one rule for lengths, figures from what is gathered alone."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments.ablate.gathered import Gathered
+from experiments.ablate.report import read
+from experiments.baselines.cells import BaselineCell
+from experiments.grid import Cell
+from experiments.ladder import command as ladder_command
+from experiments.ladder import rows, rungs
+from experiments.ladder.child import FACTS, job_from_json, job_to_json, run_here
+from experiments.ladder.climb import (
+    BASELINES,
+    TORCH,
+    TORCH_TUNED,
+    Site,
+    climb,
+    job_of,
+    lengths_of,
+    recipe_for,
+)
+from experiments.ladder.command import Ladder, run_ladder
+from experiments.ladder.measure import Reached, fastest, reached
+from experiments.ladder.recipe import Ramp, Recipe
+from experiments.ladder.rungs import RUNGS, below, formats_of, recipe_of
+from experiments.ladder.scales import CPU, GPU, SCALES, TINY
+from experiments.ladder.search import Search, next_length
+from experiments.ladder.sizes import line, scales_of
+from experiments.run import write_json
+from experiments.speedrun import Speedrun, check_demo, ladder_of
+from model.presets import gpt2_tiny
+from train.optimizers import Adam
+from train.schedules import Linear
+from train.settings import to_json
+from train.tokenizers import load_tokenizer
+
+RULE = Search(least=60, most=12_500, quantum=10)
+NAMES = [*BASELINES, *(rung.name for rung in RUNGS)]
+
+
+def searched(curve, target, start, rule=RULE):
+    tried = {}
+    while (length := next_length(rule, tried, target, start)) is not None:
+        assert length not in tried
+        tried[length] = curve(length)
+    return tried
+
+
+@pytest.mark.parametrize("start", [200, 1000, 9000])
+@pytest.mark.parametrize("true", [230, 1700, 8000])
+def test_the_search_ends_at_the_shortest_length_that_is_enough(start, true):
+    """For a power law, whatever it begins with, as far as its runs reach."""
+    target = true**-0.2
+    tried = searched(lambda n: n**-0.2, target, start, dataclasses.replace(RULE, runs=20))
+    enough = min(n for n, loss in tried.items() if loss <= target)
+    assert true <= enough <= 1.1 * 1.1 * true
+    assert len(searched(lambda n: n**-0.2, target, start)) <= RULE.runs
+
+
+def test_the_search_ends_where_the_next_length_would_tell_little():
+    assert next_length(RULE, {1000: 1.0, 920: 3.0}, 2.0, 1000) is None
+    assert 800 < next_length(RULE, {1000: 1.0, 800: 3.0}, 2.0, 1000) < 1000
+
+
+def test_the_search_copes_with_what_diverges_and_what_never_arrives():
+    assert searched(lambda n: math.nan, 1.0, 9000) == pytest.approx(
+        {9000: math.nan, 12_500: math.nan}, nan_ok=True
+    )
+    tried = searched(lambda n: math.nan if n < 1000 else 0.5, 1.0, 1500)
+    assert min(n for n, loss in tried.items() if loss <= 1.0) < 1400
+    assert searched(lambda n: 0.5, 1.0, 60) == {60: 0.5}  # nothing is shorter
+
+
+def recipe(**fields):
+    return Recipe(
+        **{
+            "model": gpt2_tiny(),
+            "optimizer": Adam(),
+            "rows": 8,
+            "length": 16,
+            "tokenizer": "bytes",
+            **fields,
+        }
+    )
+
+
+def test_ramps_share_the_tokens_of_a_run():
+    ramps = (Ramp("length", ((0.25, 0.25), (0.5, 0.5))), Ramp("layers", ((0.375, 1),)))
+    settings = recipe(ramps=ramps).settings(("stdlib",), 8 * 16 * 80, 0)
+    found = [(p.steps, p.batch_size, p.sequence_length, p.model.layers) for p in settings.phases]
+    assert found == [(20, 32, 4, 1), (10, 16, 8, 1), (10, 16, 8, 2), (40, 8, 16, 2)]
+    rows = recipe(ramps=(Ramp("rows", ((0.5, 0.25),)),)).settings(("stdlib",), 128 * 80, 0)
+    assert [(p.steps, p.batch_size) for p in rows.phases] == [(160, 2), (40, 8)]
+
+
+def test_warmups_are_shares_of_the_steps_whatever_the_batch():
+    for factor, steps in ((1, 5), (4, 20)):
+        made = recipe(schedule=Linear(), warmup=0.05, rows=8 // factor)
+        assert made.settings(("stdlib",), 128 * 100, 0).schedule.warmup_steps == steps
+
+
+def test_ramps_that_do_not_come_out_even_are_refused():
+    with pytest.raises(ValueError, match=r"a ramp asks for 32 rows of 4 tokens|2\.66667"):
+        recipe(ramps=(Ramp("rows", ((0.5, 1 / 3),)),)).settings(("stdlib",), 10_000, 0)
+    with pytest.raises(ValueError, match="rise between 0 and 1"):
+        Ramp("rows", ((0.5, 1), (0.4, 2)))
+
+
+def test_every_rung_differs_visibly_from_the_one_below():
+    for scale in (CPU, GPU.at(data=("text",))):
+        for rung in RUNGS:
+            mine = to_json(recipe_of(rung.name, scale).settings(scale.data, scale.tokens // 3, 0))
+            under = below(rung.name)
+            if under is None:
+                assert rung.name == "jax"
+                continue
+            theirs = to_json(recipe_of(under, scale).settings(scale.data, scale.tokens // 3, 0))
+            assert mine != theirs, rung.name
+
+
+def test_a_rung_builds_on_the_kept_ones_alone(monkeypatch):
+    changed = tuple(dataclasses.replace(r, kept=r.name != "softcap") for r in RUNGS)
+    assert recipe_of("cautious", CPU).model.logit_softcap == 15.0
+    monkeypatch.setattr(rungs, "RUNGS", changed)
+    assert recipe_of("cautious", CPU).model.logit_softcap is None
+    assert recipe_of("softcap", CPU).model.logit_softcap == 15.0
+    assert below("shortcuts") == "muon"
+
+
+def test_names_say_one_thing():
+    assert len(set(NAMES)) == len(NAMES)
+    assert not any(", " in name for name in NAMES)  # which parts a name from its tokens
+    with pytest.raises(ValueError, match="no rung is called 'mu'; there are jax, rate"):
+        recipe_of("mu", CPU)
+
+
+def test_the_baselines_and_their_counterparts_learn_alike():
+    data = ("stdlib",)
+    mission = recipe_for(CPU, TORCH).settings(data, CPU.tokens, 0)
+    assert recipe_for(CPU, "jax").settings(data, CPU.tokens, 0) == mission
+    assert mission.steps == CPU.steps
+    assert (mission.optimizer, mission.phases[0].model.dropout) == (Adam(learning_rate=1e-4), 0.1)
+    tuned = recipe_for(CPU, TORCH_TUNED).settings(data, CPU.tokens, 0)
+    assert tuned.phases[0] == dataclasses.replace(
+        mission.phases[0], model=dataclasses.replace(CPU.model, dropout=0.0)
+    )
+
+
+def test_restricted_recipes_fit_their_formats_and_keep_what_they_can():
+    for name, place in (("for-hf", "HF"), ("for-gguf", "GGUF")):
+        found = recipe_of(name, CPU)
+        assert any(place in each for each in formats_of(found))
+        assert type(found.optimizer) is type(CPU.choices.muon)
+        assert found.optimizer.cautious_decay
+        assert not found.model.value_embeddings
+    assert formats_of(recipe_of("rate", CPU)) == ("HF gpt2", "GGUF gpt2")
+    assert formats_of(recipe_of("values", CPU)) == ()
+
+
+@pytest.mark.parametrize("name", ["torch", "torch-tuned", "length", "vocabulary"])
+def test_a_cell_goes_to_a_process_of_its_own_and_is_the_same_there(name):
+    job = job_of(CPU, name, CPU.tokens // 2, 1)
+    again = job_from_json(json.loads(json.dumps(job_to_json(job))))
+    assert (again, again.key) == (job, job.key)
+    assert isinstance(job, BaselineCell if name in BASELINES else Cell)
+
+
+def point(bits, seconds, step=1):
+    return {
+        "bits": bits,
+        "loss": bits,
+        "steps": step,
+        "tokens": 100 * step,
+        "flops": 1e3 * step,
+        "training": seconds,
+        "compiling": 1.0,
+        "total": 2 * seconds,
+    }
+
+
+def test_the_first_crossing_counts_and_the_fastest_run():
+    run = [point("nan", 1.0), point(3.0, 2.0), point(1.9, 3.0), point(2.2, 4.0)]
+    assert reached(run, 2.0).training == 3.0
+    assert reached(run[:2], 2.0) is None
+    quick = [point(2.0, 2.5)]
+    assert fastest([run, quick], 2.0).training == 2.5
+    assert fastest([], 2.0) is None
+
+
+def row(name, seconds):
+    return rows.Row(
+        name, {s: Reached(1.0, 1.0, 10, 100, 1.0, t, 1.0, t + 2) for s, t in seconds.items()}
+    )
+
+
+def test_ratios_are_of_paired_seeds():
+    ours, theirs = row("a", {0: 2.0, 1: 4.0, 2: 1.0}), row("b", {0: 6.0, 1: 8.0})
+    mean, error, pairs = rows.ratio(ours, theirs)
+    assert (mean, error, pairs) == (2.5, 0.5, 2)
+    mean, _, _ = rows.ratio(ours, theirs, "compiled")
+    assert mean == np.mean([7 / 3, 9 / 5])
+    assert math.isnan(rows.ratio(ours, row("c", {}))[0])
+
+
+WEIGHTS = {name: 1.0 - 0.03 * number for number, name in enumerate(NAMES)}
+
+
+def fake(job, folder):
+    """Learns by a power law; a step takes as long as the rung is high, and torch twice as long."""
+    name, _, rest = job.name.partition(", ")
+    tokens = int(rest.split()[0].replace(",", ""))
+    settings = job.baseline.settings if isinstance(job, BaselineCell) else job.settings
+    out = folder / job.key
+    load_tokenizer("bytes").save(out / "tokenizer")
+    lines, last = [], settings.steps
+    every = job.loop.evaluate_every or last
+    for step in sorted({*range(every, last, every), last}):
+        share = step / last
+        bits = 30 * WEIGHTS[name] * (share * tokens) ** -0.2 + 0.001 * settings.seed
+        if name == TORCH:
+            bits += 3
+        clock = {"data": 0.0, "step": 0.01 * step, "compile": 5.0}
+        facts = {"loss": bits, "bits_per_byte": bits, "seconds": 6 + 0.01 * step, "clock": clock}
+        lines.append(json.dumps({"kind": "evaluation", "step": step, **facts}) + "\n")
+    (out / "metrics.jsonl").write_text("".join(lines))
+    result = {"reason": "finished", "step": last, "seconds": {}, "evaluation": {}}
+    write_json(out / "result.json", result)
+    write_json(out / FACTS, {"machine": {"cores": 2}, "peak_bytes": 5e8})
+
+
+class Counting:
+    def __init__(self):
+        self.ran = []
+
+    def __call__(self, job, folder):
+        self.ran.append(job.name)
+        fake(job, folder)
+
+
+def ladder(tmp_path, **fields):
+    places = {"cells": tmp_path / "cells", "results": tmp_path / "results", "run": Counting()}
+    return Ladder("tiny", **{**places, **fields})
+
+
+def test_the_whole_ladder_is_climbed_once_and_written_from_the_json_alone(tmp_path):
+    chosen = ("torch", "torch-tuned", "jax", "rate", "muon", "cautious", "length")
+    first = ladder(tmp_path, seeds=3, rungs=chosen)
+    path, text, picture = run_ladder(first)
+    assert picture.suffix == ".png"
+    content = text.read_text()
+    for name in chosen:
+        assert f"| {name} | 3 of 3 |" in content or f"| {name} | 0 of 3 |" in content, name
+    assert "torch-tuned | 3 of 3 | 48 |" in content
+    assert "not what the recipe does" in content  # of rungs that pay here and are not kept
+    found = read(path)
+    site = Site(TINY, tmp_path, found)
+    for name in ("rate", "cautious"):
+        for seed in range(3):
+            assert len(lengths_of(site, name, seed)) <= 2 * TINY.search.runs
+    again = ladder(tmp_path, seeds=3, rungs=chosen, cells=tmp_path / "elsewhere")
+    run_ladder(again)
+    assert again.run.ran == []
+    assert text.read_text() == content
+    fresh = ladder(tmp_path, rungs=("torch",), cells=tmp_path / "fresh", fresh=True)
+    run_ladder(fresh)
+    assert len(fresh.run.ran) == 2  # both baselines: there has to be a target
+    assert "| muon |" not in text.read_text()
+
+
+def test_later_seeds_take_the_length_that_suited_the_first(tmp_path):
+    run = Counting()
+    site = Site(TINY, tmp_path, Gathered({}), run=run)
+    target = 30 * WEIGHTS["muon"] * 4000**-0.2
+    lengths = climb(site, "muon", 0, target)
+    best = min(n for n, v in lengths.items() if v["points"][-1]["bits"] <= target)
+    target = lengths[best]["points"][-1]["bits"] + 0.0015
+    assert list(climb(site, "muon", 1, target)) == [best]
+    third = list(climb(site, "muon", 2, target))  # a little too high there
+    assert third[0] == best < third[1]
+
+
+def test_a_baseline_counts_with_all_of_its_run_where_a_seed_ends_above_the_mean(tmp_path):
+    site = Site(TINY, tmp_path, Gathered({}), run=fake)
+    for seed in range(4):
+        site.outcome(TORCH_TUNED, TINY.tokens, seed)
+    target = rows.mean_end(site, TORCH_TUNED)
+    assert set(rows.row_of(site, TORCH_TUNED, target).reached) == {0, 1}
+    found = rows.row_of(site, TORCH_TUNED, target, TORCH_TUNED)
+    assert found.reached[2].steps == TINY.steps
+
+
+def test_a_baseline_that_never_arrives_gives_a_lower_bound(tmp_path):
+    site = Site(TINY, tmp_path, Gathered({}), run=fake)
+    for name in (TORCH, TORCH_TUNED):
+        site.outcome(name, TINY.tokens, 0)
+    site.outcome("muon", TINY.tokens, 0)
+    target = rows.mean_end(site, TORCH_TUNED)
+    ours = rows.row_of(site, "muon", target)
+    whole = lengths_of(site, TORCH, 0)[TINY.tokens]["points"][-1]["training"]
+    assert rows.at_least(site, ours, TORCH) == whole / ours.reached[0].training
+
+
+def test_trials_are_listed_best_first(tmp_path):
+    def tuned(job, folder):
+        fake(dataclasses.replace(job, name=f"muon, {job.settings.steps * 128:,} tokens"), folder)
+        path = folder / job.key / "metrics.jsonl"
+        rate = job.settings.optimizer.learning_rate
+        bits = 2 + abs(math.log(rate / 0.04))
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.dumps({**each, "bits_per_byte": bits}) for each in rows]
+        path.write_text("\n".join(lines) + "\n")
+
+    text = run_ladder(ladder(tmp_path, tune="muon", run=tuned))[1].read_text()
+    listed = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| rate")]
+    assert len(listed) == 10
+    assert listed[0].startswith("rate 0.04")
+    with pytest.raises(ValueError, match="nothing to tune"):
+        run_ladder(ladder(tmp_path, tune="softcap"))
+
+
+def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
+    command = ladder(tmp_path, sizes=True, rungs=("batch", "muon"))
+    path, text, picture = run_ladder(command)
+    lines = [line for line in text.read_text().splitlines() if line.startswith("| muon")]
+    assert len(lines) == 1
+    cells = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+    assert all(cell.endswith("x") for cell in cells[1:5])
+    assert "x" in cells[6]
+    assert picture.exists()
+    with pytest.raises(ValueError, match="jax lies below rate"):
+        run_ladder(ladder(tmp_path, sizes=True, rungs=("jax",)))
+
+
+def test_a_line_through_points_and_its_error():
+    rng = np.random.default_rng(0)
+    xs = rng.normal(size=20)
+    ys = 2 * xs + 1 + 0.1 * rng.normal(size=20)
+    found = line(xs, ys, 5.0)
+    slope, middle = np.polyfit(xs, ys, 1)
+    assert found.value == pytest.approx(5 * slope + middle)
+    assert found.slope == pytest.approx(slope)
+    design = np.stack([np.ones(20), xs], 1)
+    s2 = ((ys - design @ [middle, slope]) ** 2).sum() / 18
+    at = np.array([1.0, 5.0])
+    assert found.error == pytest.approx(
+        math.sqrt(s2 * (1 + at @ np.linalg.inv(design.T @ design) @ at))
+    )
+    with pytest.raises(ValueError, match="two places"):
+        line([1.0, 1.0], [2.0, 3.0], 0.0)
+
+
+def test_sizes_cover_what_was_asked_for():
+    from experiments.ladder.sizes import _parameters
+
+    sizes = [_parameters(scale.model, scale) for scale in scales_of(CPU).values()]
+    assert 0.4e6 < sizes[0] < 0.8e6
+    assert 10e6 < sizes[-1] < 14e6
+    assert sizes == sorted(sizes)
+    tokens = [scale.tokens for scale in scales_of(CPU).values()]
+    assert tokens == sorted(tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rungs": ("muons",)}, "no rung is called 'muons'"),
+        ({"seeds": 0}, "give at least 1"),
+        ({"scale": "gpu"}, "has no data of its own"),
+        ({"tune": "muon", "sizes": True}, "three commands"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(tmp_path, fields, says):
+    command = dataclasses.replace(ladder(tmp_path), **fields)
+    with pytest.raises(ValueError, match=says):
+        run_ladder(command)
+    assert command.run.ran == []
+
+
+def test_a_text_is_read_as_bytes_and_has_a_section_of_its_own(tmp_path):
+    text = tmp_path / "tale.txt"
+    text.write_text("once upon a time ")
+    command = ladder(tmp_path, data=(str(text),), rungs=("rate",))
+    scale = ladder_command.scale_of(command)
+    assert (scale.tokenizer, scale.data) == ("bytes", (str(text),))
+    run_ladder(command)
+    run_ladder(ladder(tmp_path, rungs=("rate",)))
+    report = (tmp_path / "results" / "speedrun-tiny.md").read_text()
+    assert "## tale.txt, bytes" in report
+    assert "## stdlib, bytes" in report
+
+
+def test_the_demo_refuses_what_is_the_ladders(tmp_path):
+    check_demo(Speedrun())
+    for fields, flag in (({"rung": ("muon",)}, "rung"), ({"max_minutes": 3.0}, "max-minutes")):
+        with pytest.raises(ValueError, match=f"the demo has no --{flag}"):
+            check_demo(Speedrun(**fields))
+    with pytest.raises(ValueError, match="--seeds N"):
+        ladder_of(Speedrun(scale="cpu", seed=1), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [rung.name for rung in RUNGS])
+def test_every_rung_trains_at_tiny_size(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERANDO_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    draw = np.random.default_rng(0)
+    text.write_text("".join(chr(97 + c) for c in draw.integers(0, 26, 20_000)))
+    choices = dataclasses.replace(SCALES["tiny"].choices, vocabulary="bytes")
+    scale = TINY.at(data=(str(text),), choices=choices)
+    site = Site(scale, tmp_path / "cells", Gathered({}), run=run_here)
+    values = site.outcome(name, scale.tokens // 4, 0)
+    assert values["points"][-1]["bits"] < 8.2
+    assert values["points"][-1]["tokens"] == pytest.approx(scale.tokens // 4, rel=0.2)
+    assert values["peak_bytes"] > 1e8
