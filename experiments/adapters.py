@@ -33,6 +33,7 @@ from experiments.assemble import abstract_frozen, abstract_state, assemble, read
 from experiments.cli import run_main
 from experiments.compressed import write_run
 from experiments.folders import check_free, made_at_once
+from experiments.lora_base import BASE
 from experiments.lora_method import Lora
 from experiments.run import Run, config_for, open_run, phase_at, read_json, write_json
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
@@ -98,7 +99,7 @@ def save_adapter(run_folder: Path, out: Path, step: int | None = None) -> list[s
                 "model": asdict(run.model.config),
                 "tokenizer": run.tokenizer.fingerprint(),
                 "vocabulary_multiple": settings.vocabulary_multiple,
-                "hash": tree_hash(frozen["params"]),
+                "hash": tree_hash(frozen["params" if method.base_run is None else BASE]),
             },
             "from": str(run_folder),
             "step": run.step,
@@ -230,6 +231,9 @@ def _checked(run: Run, adapter: Adapter) -> PyTree:
             f"{adapter.folder} was trained with another tokenizer than that of {run.folder}; give "
             "the run that it was trained from"
         )
+    if adapter.method.base_run is not None:  # which is the run itself, quantized as it is
+        _same_weights(run, adapter, run.params)
+        return run.params
     params = pad_vocabulary(merged(run.params), base["vocabulary_multiple"])
     if any(is_qtensor(w) for w in jax.tree.leaves(params, is_leaf=is_qtensor)):
         raise ValueError(f"{run.folder} is quantized; give the plain run that it was made of")
@@ -240,13 +244,18 @@ def _checked(run: Run, adapter: Adapter) -> PyTree:
         rules = weight_rules(fixed, adapter.method.base)
         # Compiled, as in the run that it was trained in: the same to the last bit.
         fixed = jax.jit(lambda params: quantize_params(params, rules))(fixed)
-    if (found := tree_hash(fixed)) != base["hash"]:
+    _same_weights(run, adapter, fixed)
+    return _filled(fixed, params)
+
+
+def _same_weights(run: Run, adapter: Adapter, base: PyTree) -> None:
+    wanted = adapter.spec["base"]["hash"]
+    if (found := tree_hash(base)) != wanted:
         raise ValueError(
-            f"{adapter.folder} was trained on other weights (hash {base['hash'][:12]}) than those "
+            f"{adapter.folder} was trained on other weights (hash {wanted[:12]}) than those "
             f"of {run.folder} at step {run.step} (hash {found[:12]}), though of the same shapes; "
             f"give the base of {adapter.spec['from']}"
         )
-    return _filled(fixed, params)
 
 
 def _marked(also: PyTree, trained: PyTree) -> PyTree:

@@ -89,17 +89,14 @@ def compress(
     """Returns config and parameters of the compressed model, and facts about how it was made.
 
     Args:
-      run: what to compress.
+      run: what to compress; its parameters are plain, see `check_plain`.
       method: of `experiments.compressors`.
       corpus: for calibration.
       command: how much of it.
 
     Raises:
-      ValueError: the run is compressed already or holds NaN, the text is shorter than a window, or
-        what the method finds wrong.
+      ValueError: the text is shorter than a window, or what the method finds wrong.
     """
-    run = dataclasses.replace(run, params=merged(run.params))
-    check_plain(run)
     phase = run.settings.phases[phase_at(run.settings, run.step)[0]]
     length = command.length or min(phase.sequence_length, run.model.config.max_length)
     batches = calibration_windows(
@@ -138,7 +135,8 @@ def run_command(command: Compress) -> list[str]:
     """Compresses what the command says; returns lines to print.
 
     Raises:
-      ValueError: not one of --run and --hf, `out` exists, no calibration source, or as `compress`.
+      ValueError: not one of --run and --hf, `out` exists, no calibration source, the run is
+        compressed already or holds NaN, or as `compress`.
     """
     if (command.run is None) == (command.hf is None):
         given = "neither" if command.run is None else "both"
@@ -159,9 +157,11 @@ def run_command(command: Compress) -> list[str]:
 def _compress_to(command: Compress, run: Run, name: str) -> list[str]:
     if command.calibration is None and not run.settings.data:
         raise ValueError(f"{name} was not trained here and has no data; give --calibration")
+    plain = dataclasses.replace(run, params=merged(run.params))
+    check_plain(plain)  # before any text is read
     source = command.calibration or parse_mixture(run.settings.data)[0][0]
     corpus = build_corpus(open_source(source), run.tokenizer)
-    config, params, facts = compress(run, command.method, corpus, command)
+    config, params, facts = compress(plain, command.method, corpus, command)
     facts = {**facts, "from": name}
     tokenizer = run.folder / "tokenizer"
     write_run(command.out, config, params, tokenizer, run.settings, facts)

@@ -8,12 +8,10 @@ Written as report.json and report.md into the run that was compressed.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +22,14 @@ from experiments.audit import audit
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.compression_probe import by_probe, choices, probe_run
+from experiments.compression_quality import Side, quality
 from experiments.compression_timings import PROMPT, Timing, timings
 from experiments.machine import machine
 from experiments.run import Run, open_run, phase_at, write_json
 from model.flops import flops_per_token
-from model.transformer import Transformer
 from train.corpus import Split, build_corpus
 from train.data import evaluation_batches
 from train.sources import open_source, parse_mixture
-
-PyTree = Any
-Side = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -72,59 +67,6 @@ def sizes(run: Run) -> Side:
             leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(run.params)
         ),
         "FLOPs per token": round(flops_per_token(run.model.config, length)),
-    }
-
-
-def quality(
-    dense: tuple[Transformer, PyTree],
-    small: tuple[Transformer, PyTree],
-    batches: Iterable[dict[str, Any]],
-    text_bytes: int,
-) -> tuple[Side, Side]:
-    """Returns loss, perplexity and bits per byte of both, and how the second differs.
-
-    KL is `sum_v p log(p / q)` with p of the dense model, the mean over tokens, in nats.
-
-    Args:
-      dense: model and parameters.
-      small: model and parameters.
-      batches: of `train.data.evaluation_batches`.
-      text_bytes: UTF-8 bytes of the text.
-    """
-    models, params = (dense[0], small[0]), (dense[1], small[1])
-
-    @jax.jit
-    def compare(params: Any, batch: dict[str, Any]) -> jax.Array:
-        inputs = (batch["tokens"], batch.get("positions"), batch.get("segments"))
-        weights_BT = batch["weights"].astype(jnp.float32)
-        p_BTV, q_BTV = (
-            jax.nn.log_softmax(cast(jax.Array, model.apply({"params": each}, *inputs)))
-            for model, each in zip(models, params, strict=True)
-        )
-        targets = batch["targets"][..., None]
-        columns = [-jnp.take_along_axis(logs, targets, axis=-1)[..., 0] for logs in (p_BTV, q_BTV)]
-        columns.append((jnp.exp(p_BTV) * (p_BTV - q_BTV)).sum(axis=-1))
-        columns.append((p_BTV.argmax(axis=-1) == q_BTV.argmax(axis=-1)).astype(jnp.float32))
-        columns.append(jnp.ones_like(weights_BT))
-        return jnp.stack([(column * weights_BT).sum() for column in columns])
-
-    sums = [0.0] * 5
-    for batch in batches:
-        found = jax.device_get(compare(params, batch)).tolist()
-        sums = [a + b for a, b in zip(sums, found, strict=True)]
-    count = sums[4]
-    before, after = (
-        {
-            "loss": nats / count,
-            "perplexity": math.exp(min(nats / count, 700.0)),
-            "bits per byte": nats / math.log(2) / text_bytes,
-        }
-        for nats in sums[:2]
-    )
-    before |= {"KL to the dense model": 0.0, "top-1 agreement": 1.0}
-    return before, after | {
-        "KL to the dense model": sums[2] / count,
-        "top-1 agreement": sums[3] / count,
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 
 from compress.awq import awq_params
+from compress.formats import format_of
 from compress.gptq import gptq_params
 from compress.lowrank_params import (
     compensate_on,
@@ -69,6 +70,9 @@ class RoundToNearest:
     positions: str | None = None
     candidates: int = 1
 
+    def __post_init__(self) -> None:
+        _check_formats(self.format, self.positions)
+
     def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
         """Quantizes all matrices."""
         rules = weight_rules(params, self.format, positions=self.positions)
@@ -93,6 +97,9 @@ class GPTQ:
     head: Literal["nearest", "gptq"] = "nearest"
     candidates: int = 1
 
+    def __post_init__(self) -> None:
+        _check_formats(self.format, self.positions)
+
     def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
         """Quantizes all matrices."""
         rules = weight_rules(params, self.format, positions=self.positions)
@@ -115,6 +122,9 @@ class AWQ:
     positions: str | None = None
     steps: int = 20
     candidates: int = 1
+
+    def __post_init__(self) -> None:
+        _check_formats(self.format, self.positions)
 
     def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
         """Scales and quantizes all matrices."""
@@ -141,9 +151,16 @@ class SmoothQuant:
     share: Literal["token", "tensor"] = "token"
     offset: Literal["none", "zero_point"] = "none"
 
+    def __post_init__(self) -> None:
+        _ = self.activation
+
+    @property
+    def activation(self) -> Activation:
+        """How activations are rounded."""
+        return Activation(self.range, self.share, self.offset)
+
     def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
         """Smooths, quantizes, and turns products into integer products."""
-        activation = Activation(self.range, self.share, self.offset)
         smooth = smooth_params(model, params, batches, alpha=self.alpha)
         new = quantize_params(smooth, weight_rules(smooth, "int8"))
         if self.products == "float":
@@ -152,7 +169,7 @@ class SmoothQuant:
         rules = [("kernel", True)]
         if model.config.tied_head:  # the table is multiplied with, too
             rules.append(("token_embedding/embedding", True))
-        return model.config, integer_products(new, activation, rules=rules, ranges=ranges)
+        return model.config, integer_products(new, self.activation, rules=rules, ranges=ranges)
 
 
 @dataclass(frozen=True)
@@ -167,9 +184,12 @@ class Magnitude:
     sparsity: float = 0.5
     pattern: Name24 = "unstructured"
 
+    def __post_init__(self) -> None:
+        _check_pattern(self.pattern, self.sparsity)
+
     def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
         """Puts zeros into the kernels."""
-        select = by_layer(_pattern(self.pattern, self.sparsity, unstructured))
+        select = by_layer(_pattern(self.pattern, unstructured))
         targets = targets_of(block_kernels(self.sparsity), params)
         check_selection(select, params, targets)
         scores = {path: magnitude(w) for path, w in leaves_at(params, targets).items()}
@@ -189,9 +209,12 @@ class Wanda:
     sparsity: float = 0.5
     pattern: Name24 = "unstructured"
 
+    def __post_init__(self) -> None:
+        _check_pattern(self.pattern, self.sparsity)
+
     def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
         """Puts zeros into the kernels of the blocks."""
-        pattern = _pattern(self.pattern, self.sparsity, by_output)
+        pattern = _pattern(self.pattern, by_output)
         return model.config, wanda(model, params, batches, self.sparsity, pattern)
 
 
@@ -211,9 +234,14 @@ class SparseGPT:
     format: str | None = None
     block: int = 128
 
+    def __post_init__(self) -> None:
+        _check_pattern(self.pattern, self.sparsity)
+        _check_formats(self.format)
+        if self.block < 1:
+            raise ValueError(f"a block of {self.block} rows holds no weight; give at least 1")
+
     def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
         """Puts zeros into the kernels of the blocks."""
-        _pattern(self.pattern, self.sparsity, by_output)  # refuses what does not fit
         kernels = "blocks/.*/kernel"
         formats = () if self.format is None else ((kernels, self.format),)
         group = 4 if self.pattern == "2:4" else None
@@ -267,6 +295,10 @@ class Compensated:
     keep: Literal["outputs", "weights"] = "outputs"
     damping: float = 0.01
 
+    def __post_init__(self) -> None:
+        _check_formats(self.format)
+        check_sparsity(self.sparsity, "the kernels")
+
     def __call__(self, model: Transformer, params: PyTree, batches: Batches) -> Compressed:
         """Compresses, then gives every kernel factors."""
         made: dict[str, Callable[[], Compressor]] = {
@@ -299,13 +331,20 @@ COMPRESSORS: dict[str, Callable[[], Any]] = {
 """The methods, by the name that a command line uses."""
 
 
-def _pattern(name: Name24, sparsity: float, default: Pattern) -> Pattern:
+def _check_formats(*names: str | None) -> None:
+    for name in names:
+        if name is not None:
+            format_of(name)
+
+
+def _check_pattern(name: Name24, sparsity: float) -> None:
     check_sparsity(sparsity, "the kernels")
-    if name == "unstructured":
-        return default
-    if sparsity != 0.5:
+    if name == "2:4" and sparsity != 0.5:
         raise ValueError(f"2:4 is a sparsity of 0.5, not {sparsity}; leave the sparsity out")
-    return n_of_m(4)
+
+
+def _pattern(name: Name24, default: Pattern) -> Pattern:
+    return n_of_m(4) if name == "2:4" else default
 
 
 def settings_to_json(method: Any) -> dict[str, Any]:

@@ -4,13 +4,18 @@
         --lora.rank 8 --lora.rules 'attention/(q|v)/kernel' 8 --out runs/adapted
 
 The whole model lies frozen in `frozen["params"]`, quantized if asked for; only factors train, so
-gradients and optimizer state exist for them alone.
+gradients and optimizer state exist for them alone. A run that `experiments.compress` wrote can be
+the base as it is, GPTQ's numbers for instance:
+
+    python -m experiments.pretrain --from runs/first --data text.txt --method lora \\
+        --lora.base-run runs/small --out runs/adapted
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 
@@ -18,9 +23,12 @@ from compress.formats import format_of
 from compress.lora import SCALINGS, attach, init_adapters
 from compress.lowrank_params import ranks_by_path
 from compress.quantize import formats_by_path, quantize_params, weight_rules
+from experiments.lora_base import BASE, Base, check_base, check_tokens, known_base, load_base
+from model.config import config_from_dict
 from model.rules import match
-from train.methods import Plugs, Setup, one_side
+from train.methods import FrozenTree, Plugs, Setup, one_side
 from train.plugs import Context, PyTree, WeightTransform, merge
+from train.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,11 @@ class Lora:
         so that fake quantization or integer products see the sum.
       base: format that the frozen matrices are rounded to and kept in, such as "q4_0" (QLoRA);
         None keeps them as they are.
+      base_run: run, "RUN" or "RUN@STEP", whose weights are the base, quantized as they are, in
+        place of those that this run starts from; of the same model.
       also: regexes of parameters that train too, in full: biases, norms, a head.
       seed: of the factors.
+      resolved: filled in at the start of the run, so that it does not need the base's folder again.
     """
 
     name: ClassVar[str] = "lora"
@@ -51,10 +62,24 @@ class Lora:
     direction: Literal["lora", "dora"] = "lora"
     form: Literal["apart", "merged"] = "apart"
     base: str | None = None
+    base_run: str | None = None
     also: tuple[str, ...] = ()
     seed: int = 0
+    resolved: Any = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.resolved, dict):  # from JSON
+            fields = self.resolved | {"model": config_from_dict(self.resolved["model"])}
+            object.__setattr__(self, "resolved", Base(**fields))
+        if self.base_run is not None:
+            given = {"base": self.base is not None, "also": bool(self.also)}
+            given["direction dora"] = self.direction == "dora"
+            if wrong := [name for name, there in given.items() if there]:
+                raise ValueError(
+                    f"{' and '.join(wrong)} would need the plain weights of {self.base_run}, which "
+                    "is kept as it is; leave that out, or leave base_run out and start from a "
+                    "plain run"
+                )
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; it must be at least 1")
         if self.scaling not in SCALINGS:
@@ -73,6 +98,28 @@ class Lora:
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return SCALINGS[self.scaling](alpha, rank)
 
+    def resolve(self, saved: Lora | None) -> Lora:
+        """Returns the settings with the base known, if a run is the base.
+
+        Args:
+          saved: those that the run began with, if it did; what they know of the same base is taken
+            from them.
+
+        Raises:
+          ValueError: a base that does not fit.
+          FileNotFoundError: it is no run.
+        """
+        if self.base_run is None or self.resolved is not None:
+            return self
+        if saved is not None and saved.base_run == self.base_run:
+            return dataclasses.replace(self, resolved=saved.resolved)
+        return dataclasses.replace(self, resolved=known_base(self.base_run))
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises ValueError for a base that reads other tokens than this run."""
+        if self.base_run is not None and self.resolved is not None:
+            check_tokens(self.base_run, self.resolved, tokenizer)
+
     def build(self, setup: Setup) -> Plugs:
         """Freezes the parameters and puts factors beside them.
 
@@ -81,6 +128,8 @@ class Lora:
             above the shorter side of a matrix; a format that does not fit.
         """
         rules = self.rules or (("blocks/.*/kernel", self.rank),)
+        if self.base_run is not None:
+            return self._on_a_run(self.base_run, rules, setup)
         ranks = ranks_by_path(setup.params, rules)
         also = match([(rule, True) for rule in self.also], setup.params, default=False)
         if self.base is not None:
@@ -102,3 +151,22 @@ class Lora:
             return attach(weights, self.scale, self.form)
 
         return Plugs(transforms=(WeightTransform(self.name, apply),), split=split)
+
+    def _on_a_run(self, spec: str, rules: tuple[tuple[str, int], ...], setup: Setup) -> Plugs:
+        if self.resolved is None:
+            raise ValueError("the base is not known yet: call `resolve` first")
+        known: Base = self.resolved
+        check_base(spec, known, setup.config)
+        base = known.abstract
+        ranks = ranks_by_path(base, rules)
+
+        def split(params: PyTree) -> tuple[PyTree, PyTree]:
+            kept = {name: part for name, part in params.items() if name not in base}
+            # Shapes alone are asked of the base: its numbers are not here, and are not drawn.
+            return merge(init_adapters(jax.random.key(self.seed), base, ranks), kept), {}
+
+        def apply(weights: PyTree, context: Context) -> PyTree:
+            return attach(merge(weights, context.frozen[BASE]), self.scale, self.form)
+
+        frozen = {BASE: FrozenTree(base, lambda: load_base(spec, known))}
+        return Plugs((WeightTransform(self.name, apply),), split=split, frozen=frozen)

@@ -1,6 +1,5 @@
 """`python -m experiments.compress`: every method on one tiny run, and what it refuses."""
 
-import dataclasses
 import json
 import sys
 
@@ -178,21 +177,12 @@ def test_what_is_refused(tmp_path, home):
         ({"method": Structured()}, "nothing is to be removed"),
         ({"method": Structured(groups=5)}, "5 groups cannot be kept: there are 4"),
         ({"method": RoundToNearest("int4_g128")}, "groups of 128 do not divide"),
-        ({"method": RoundToNearest("int5")}, "no format is called 'int5'"),
     ]
     for changes, message in cases:
         settings = {"out": tmp_path / "out", "method": GPTQ(), **changes}
         with pytest.raises(ValueError, match=message):
             do(home, **settings)
         assert not (tmp_path / "out").exists()
-    bad = make_run(tmp_path / "bad", gpt2_tiny(init_std=0.02), load_tokenizer("bytes"))
-    run = open_run(bad)
-    params = {
-        **run.params,
-        "final_norm": {**run.params["final_norm"], "scale": jnp.full(32, jnp.nan)},
-    }
-    with pytest.raises(ValueError, match=r"final_norm/scale of .* holds NaN"):
-        compress.check_plain(dataclasses.replace(run, params=params))
 
 
 def test_every_method_has_settings_that_tyro_reads(monkeypatch):

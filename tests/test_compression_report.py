@@ -11,10 +11,11 @@ import pytest
 
 from compress.quantize import quantize_params, weight_rules
 from compress.w8a8 import integer_products
-from experiments import compression_report
+from experiments import compression_quality, compression_report
 from experiments.audit import audit, read_program
 from experiments.compress import Compress, run_command
-from experiments.compression_report import quality, report, sizes, table
+from experiments.compression_quality import before_head, quality
+from experiments.compression_report import report, sizes, table
 from experiments.compression_timings import timings
 from experiments.compressors import Magnitude, RoundToNearest
 from experiments.run import open_run
@@ -61,6 +62,25 @@ def small(home, own_cache):
         settings = {"run": home / "run", "calibration": source, "windows": 2, "repeats": 0}
         run_command(Compress(RoundToNearest("q4_0"), out=home / "small", **settings))
     return open_run(home / "small")
+
+
+def test_what_is_known_of_the_dense_model_changes_no_figure(home, small, split, compilations):
+    dense = open_run(home / "run")
+    pair, other = (dense.model, dense.params), (small.model, small.params)
+    batches = list(evaluation_batches(split, sequence_length=16, batch_size=8))
+    finals = before_head(pair, batches)
+    found = quality(pair, other, batches, split.bytes, finals)
+    assert found == quality(pair, other, iter(batches), split.bytes)
+    assert found[1]["KL to the dense model"] > 0
+    again = jax.tree.map(lambda leaf: leaf + 0, small.params)
+    compilations.clear()
+    assert quality(pair, (small.model.clone(), again), batches, split.bytes, finals) == found
+    assert not compilations  # other weights of the same kind need no other program
+
+
+def test_the_largest_is_the_first_of_them():
+    logs = jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 1.0], [-1.0, -2.0, 0.5]])
+    assert compression_quality._largest(logs).tolist() == jnp.argmax(logs, axis=-1).tolist()
 
 
 def test_quality_is_that_of_the_evaluation_and_of_numpy(home, small, split):

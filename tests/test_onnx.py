@@ -58,6 +58,22 @@ def test_integer_graphs_are_our_integer_products(tmp_path, tied):
     assert off < 0.01
 
 
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_a_tied_table_is_written_once_as_it_is_stored(tmp_path, format):
+    config = gpt2_tiny(tied_head=True)
+    params = drawn(config, std=0.2)
+    if format is not None:
+        params = quantize_params(params, weight_rules(params, format))
+    write_onnx(tmp_path / "a.onnx", config, params)
+    constants = onnx.load(tmp_path / "a.onnx").graph.initializer
+    sizes = {c.name: len(c.raw_data) for c in constants if len(c.dims) == 2}
+    each, kernels = (1, 2 * 6) if format else (4, 2 * 6)
+    assert sizes["token_embedding"] == each * 64 * 32
+    assert sizes["position_embedding"] == 4 * config.max_length * 32
+    assert len(sizes) == kernels + 2
+    assert sum(sizes.values()) - sizes["position_embedding"] == each * (64 * 32 + 2 * 12 * 32**2)
+
+
 def test_what_it_does_not_hold(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)
     with pytest.raises(ValueError, match="pass the 2 GB of one ONNX file"):

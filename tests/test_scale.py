@@ -147,8 +147,16 @@ def tiny(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_text("the quick brown fox jumps over the lazy dog. " * 200)
     size = dataclasses.replace(
-        training.SIZE, data=(str(path),), batch_size=8, sequence_length=16, width=32
+        training.SIZE,
+        data=(str(path),),
+        tokenizer="bytes",
+        batch_size=8,
+        sequence_length=16,
+        layers=2,
+        width=32,
     )
+    for module in (training, compression):
+        monkeypatch.setattr(module, "VOCABULARY", 257)
     for module in (training, diloco, compression):
         monkeypatch.setattr(module, "SIZE", size)
         monkeypatch.setattr(module, "STEPS", 6)

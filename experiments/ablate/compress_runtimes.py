@@ -2,7 +2,7 @@
 
 Three measurements: the probe of `compress.probe` on the shapes of a block and of the head; the
 exported model under ONNX Runtime, int8 beside float32; and GGUF files under llama.cpp, where its
-Python binding is installed (`pip install llama-cpp-python`).
+Python binding is installed (the extra `llama-cpp`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def notes(request: Request) -> list[str]:
     """Says what is left out."""
     if has_llama():
         return []
-    return ["llama.cpp's Python binding is not installed here, so that nothing of it is measured."]
+    return [
+        "llama.cpp's Python binding is not installed here (`pip install '.[llama-cpp]'`), so that "
+        "nothing of it is measured."
+    ]
 
 
 def kernels_of(config: TransformerConfig) -> dict[tuple[int, int], int]:

@@ -1,7 +1,9 @@
 """Structured pruning: half of the layers and of the neurons go, distillation recovers what it can.
 
 What comes out is a plain smaller model, so that it is faster without any kernel of its own: how
-much is measured beside the whole model, in turn, and compared with what arithmetic promises.
+much is measured beside the whole model, in turn, and compared with what arithmetic promises. What
+is no product of kernels (attention's scores and softmax, norms) becomes less with the layers alone,
+and takes a larger share of the time than of the FLOPs.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 from compress.students import distilgpt2_style
 from experiments.compress import calibration_windows
 from experiments.compressed import write_run
-from experiments.compression_report import quality
+from experiments.compression_quality import quality
 from experiments.compressors import Structured
 from experiments.grid import Cell, Measurement
 from experiments.run import Run, open_run

@@ -19,7 +19,7 @@ import numpy as np
 from experiments.ablate.base import base_cell, open_base
 from experiments.ablate.tables import Request
 from experiments.compress import calibration_windows
-from experiments.compression_report import quality
+from experiments.compression_quality import before_head, quality
 from experiments.grid import Cell
 from model.generate import generate
 from model.llama2c import load
@@ -44,6 +44,8 @@ class Subject(NamedTuple):
       calibration: int [B, T] each.
       held_out: batches as of `train.data.evaluation_batches`.
       text_bytes: of the held-out text.
+      finals: what the dense model gives its head for each of those batches; kept, since everything
+        that is made of it is compared with it.
     """
 
     model: Transformer
@@ -51,6 +53,7 @@ class Subject(NamedTuple):
     calibration: tuple[np.ndarray, ...]
     held_out: tuple[dict[str, np.ndarray], ...]
     text_bytes: int
+    finals: tuple[jax.Array, ...]
 
 
 def base_settings(seed: int) -> dict[str, Any]:
@@ -91,9 +94,9 @@ def open_subject(request: Request, settings: Mapping[str, Any]) -> Subject:
 def judge(
     subject: Subject, model: Transformer, params: PyTree
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns what `compression_report.quality` says of the dense and of the compressed model."""
-    dense = (subject.model, subject.params)
-    return quality(dense, (model, params), subject.held_out, subject.text_bytes)
+    """Returns what `compression_quality.quality` says of the dense and of the compressed model."""
+    dense, texts = (subject.model, subject.params), (subject.held_out, subject.text_bytes)
+    return quality(dense, (model, params), *texts, subject.finals)
 
 
 @functools.lru_cache(maxsize=1)
@@ -106,7 +109,8 @@ def _base(cells: Path, seed: int, count: int) -> Subject:
     )
     split = corpus.split("test")
     held_out = evaluation_batches(split, sequence_length=phase.sequence_length, batch_size=16)
-    return Subject(run.model, run.params, tuple(batches), tuple(held_out), split.bytes)
+    texts = (tuple(batches), tuple(held_out), split.bytes)
+    return Subject(run.model, run.params, *texts, before_head((run.model, run.params), texts[1]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -134,4 +138,5 @@ def _stories(folder: Path, seed: int, rows: int, length: int, count: int) -> Sub
     ]
     text_bytes = sum(len(tokenizer.decode_bytes(row)) for row in judged)
     batches = tuple(calibration[i : i + 16, :-1] for i in range(0, count, 16))
-    return Subject(model, params, batches, tuple(held_out), text_bytes)
+    finals = before_head((model, params), held_out)
+    return Subject(model, params, batches, tuple(held_out), text_bytes, finals)

@@ -191,8 +191,8 @@ def losses(results: Results) -> list[str]:
     return [
         "",
         f"Validation loss after {STEPS} steps on {TRAINED_ON} workers ({SIZE.layers} layers of "
-        f"width {SIZE.width}, bytes, batches of {SIZE.batch_size} x {SIZE.sequence_length}, "
-        "AdamW), error feedback throughout.",
+        f"width {SIZE.width}, batches of {SIZE.batch_size} x {SIZE.sequence_length} tokens, the "
+        "demo's recipe), error feedback throughout.",
         "",
         *grid([*names, f"within {CLOSE:.1%}"], rows, "lrrrrrrl"),
     ]

@@ -113,9 +113,9 @@ def render(results: Results) -> list[str]:
         )
     head = ["form", "MB sent by a worker", "of synchronous", "seeds", "loss", "range"]
     lines = [
-        f"{WORKERS} workers, {STEPS} steps of {SIZE.batch_size} x {SIZE.sequence_length} bytes in "
-        "all forms. The outer steps are Nesterov's with rate 0.7 and momentum 0.9, not tuned; the "
-        "inner optimizer is AdamW with the rate of the synchronous run. H = 1 speaks as often as "
+        f"{WORKERS} workers, {STEPS} steps of {SIZE.batch_size} x {SIZE.sequence_length} tokens "
+        "in all forms. The outer steps are Nesterov's with rate 0.7 and momentum 0.9, not tuned; "
+        "the inner optimizer is the synchronous run's, rate and all. H = 1 speaks as often as "
         "synchronous training, and steps twice.",
         "",
         *grid([*head, "off synchronous"], rows, "lrrrrrr"),
