@@ -8,6 +8,7 @@ Weights are arguments and no constants, so the program is small and says nothing
 
 from __future__ import annotations
 
+import functools
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import export
 
 from compress.native import WEIGHTS, flat, load_native, save_native, unflat
+from model.attention import dot_product_attention
 from model.transformer import Transformer
 
 PyTree = Any
@@ -53,6 +55,12 @@ def save_stablehlo(
     if folder.exists():
         raise ValueError(f"{folder} exists already and nothing is overwritten; give a free name")
     arrays = flat(params)
+    if platforms is not None and model.attention is dot_product_attention:
+        # Otherwise it takes the form that suits where we are. One program for several takes the
+        # form that suits all.
+        target = platforms[0] if len(set(platforms)) == 1 else "any"
+        suited = functools.partial(dot_product_attention, platform=target)
+        model = model.clone(attention=suited)
 
     def forward(weights: dict[str, jax.Array], tokens_BT: jax.Array) -> Any:
         return model.apply({"params": unflat(params, weights)}, tokens_BT)

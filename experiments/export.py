@@ -1,6 +1,6 @@
 """Writes a run in a format that other programs read.
 
-    python -m experiments.export --run runs/small --format gguf --out small.gguf
+python -m experiments.export --run runs/small --format gguf --out small.gguf
 
 native         safetensors and JSON, lossless
 gguf           for llama.cpp; q8_0, q4_0 and q4_1 keep every bit

@@ -11,7 +11,7 @@ import pytest
 
 from compress.native import MODEL, WEIGHTS, load_native, save_native
 from compress.quantize import quantize_params, weight_rules
-from compress.stablehlo import load_stablehlo, save_stablehlo
+from compress.stablehlo import PROGRAM, load_stablehlo, save_stablehlo
 from compress.w8a8 import Activation, activation_ranges, integer_products
 from experiments import export
 from experiments.export import Export, run_command, vocabulary_of
@@ -102,6 +102,21 @@ def test_stablehlo_gives_our_logits(tmp_path, kind):
         save_stablehlo(tmp_path / "out", model, params, length=12)
     with pytest.raises(ValueError, match=r"holds no forward.stablehlo"):
         load_stablehlo(tmp_path)
+
+
+@pytest.mark.parametrize("platforms", [None, ("cuda",), ("cuda", "tpu")])
+def test_stablehlo_has_the_attention_of_its_platform(tmp_path, monkeypatch, platforms):
+    """Blocks of queries, each with products of its own, are for a machine with one CPU device."""
+    pytest.importorskip("flatbuffers")
+    model, params = Transformer(llama_tiny()), drawn(llama_tiny())
+    products = []
+    for devices in (8, 1):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        folder = tmp_path / str(devices)
+        save_stablehlo(folder, model, params, length=130, platforms=platforms)
+        program = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
+        products.append(program.mlir_module().count("stablehlo.dot_general"))
+    assert (products[0] == products[1]) == (platforms is not None)
 
 
 @pytest.mark.slow
