@@ -152,7 +152,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
         if command.grow is not None:
             model = grown_config(model, command.grow)
     elif command.grow is not None:
-        raise ValueError("--grow is for the model of a parent; give --from-run, or use --model")
+        raise ValueError("--grow is for the model of a parent; give --from, or use --model")
     elif model.positions == "rotary":  # has no table to outgrow
         longest = max(model.max_length, command.sequence_length)
         model = dataclasses.replace(model, max_length=longest)
