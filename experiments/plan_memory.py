@@ -121,7 +121,7 @@ def activation_bytes(
     rows = phase.batch_size // (sizes["data"] * sizes["fsdp"] * settings.micro_batches)
     time = phase.sequence_length // sizes["context"]
     local = local_config(settings, sizes)
-    attention = saves_no_scores if sizes["context"] > 1 else dot_product_attention
+    attention = saves_no_scores if sizes["context"] > 1 else PLAIN
     shares = t if "sequence" in division.strategies else 1
 
     def saved_by(config: TransformerConfig) -> dict[str, int]:
@@ -194,6 +194,10 @@ def saves_no_scores(q_BTHK, k_BSGK, v_BSGK, visibility, dropout) -> jax.Array:
     return _attend(q_BTHK, k_BSGK, v_BSGK)
 
 
+PLAIN: Any = functools.partial(dot_product_attention, platform="any")
+"""The form of other platforms than the one that counts, which may be a single CPU."""
+
+
 @functools.lru_cache(maxsize=256)
 def _saved(
     config: TransformerConfig,
@@ -209,7 +213,7 @@ def _saved(
     model, term = Transformer(config, attention), cross_entropy()
     loss = loss_function(model, (term,), (), chunk)
     context = Context(jnp.int32(0), None, {}, {}, {term.name: jnp.float32(1)})
-    if config.dropout:
+    if config.random:
         context = context._replace(rng=jax.random.key(0))
     params = abstract_params(config)
     batch = abstract_batch(rows, time)

@@ -38,19 +38,23 @@ def cpu_forms(platform: str | None = None) -> bool:
     """Whether to compute in the forms that XLA:CPU runs fastest; the results are the same.
 
     Args:
-      platform: what the program is for ("cpu", "gpu", "tpu"); by default the backend. A CPU that
-        plays several devices rehearses another platform's program, and is given that one's forms.
-        So is the inside of a `shard_map`: where x differs by device and w does not, the gradient of
-        w is summed by JAX, which a gradient of our own would have to do itself.
+      platform: what the program is for ("cpu", "gpu", "tpu"); by default that of the mesh it is
+        traced under (`jax.set_mesh`), which need not be here, or the backend. A CPU that plays
+        several devices rehearses another platform's program, and is given that one's forms. So is
+        the inside of a `shard_map`: where x differs by device and w does not, the gradient of w is
+        summed by JAX, which a gradient of our own would have to do itself.
 
     >>> cpu_forms("cpu"), cpu_forms("gpu")
     (True, False)
     """
-    if jax.sharding.get_abstract_mesh().manual_axes:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes:
         return False
-    if platform is None:
-        return jax.default_backend() == "cpu" and jax.device_count() == 1
-    return platform == "cpu"
+    if platform is not None:
+        return platform == "cpu"
+    here = jax.default_backend() == "cpu" and jax.device_count() == 1
+    # A mesh that does not say where it is, is not known to be here.
+    return here and (mesh.empty or getattr(mesh.abstract_device, "platform", None) == "cpu")
 
 
 def linear(x: jax.Array, w: Weight, platform: str | None = None) -> jax.Array:

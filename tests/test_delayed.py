@@ -106,7 +106,7 @@ def test_metrics_are_those_of_all_workers():
 
 @pytest.mark.slow
 def test_in_the_training_step():
-    """Fresh gradients change no bit of training, old ones do, and resuming changes nothing."""
+    """Fresh gradients change nothing in training, old ones do, and resuming changes no bit."""
     model = Transformer(modern_tiny(layers=1, dropout=0.1))
     draw = np.random.default_rng(0)
     tokens = jnp.asarray(draw.integers(0, 64, (4, 8)), jnp.int32)
@@ -124,7 +124,9 @@ def test_in_the_training_step():
 
     plain = steps(whole, 4)
     fresh = steps(Gradient(*delayed(constant(0))), 4)
-    jax.tree.map(np.testing.assert_array_equal, fresh.params, plain.params)
+    # Two programs, in which the compiler fuses, and so rounds, sums as it likes.
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, fresh.params, plain.params)
     gradient = Gradient(*delayed(uniform(2), workers=2))
     old = steps(gradient, 4)
     assert np.abs(old.params["head"]["kernel"] - plain.params["head"]["kernel"]).max() > 1e-4

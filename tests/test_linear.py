@@ -72,3 +72,13 @@ def test_a_cpu_takes_them_unless_it_plays_several_devices(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert cpu_forms()
     assert "stablehlo.case" in step_text("cpu").as_text()
+
+
+def test_a_mesh_that_is_elsewhere_is_given_its_own_forms(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    one = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(one):
+        assert cpu_forms()
+    elsewhere = jax.sharding.AbstractMesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(elsewhere):
+        assert not cpu_forms()

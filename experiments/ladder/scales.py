@@ -145,7 +145,7 @@ GPU = Scale(
 TINY = Scale(
     name="tiny",
     data=("stdlib",),
-    model=gpt2(layers=2, width=32, heads=2, max_length=64),
+    model=gpt2(layers=3, width=32, heads=2, max_length=64),
     rows=8,
     length=32,
     tokenizer="bytes",
