@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def write_report(
     lines += ["", legend or _LEGEND]
     written = [path.with_suffix(".md")]
     for table in tables:
+        _enter_anew(table, request, gathered)
         results = gathered.results(table.name)
         lines += ["", f"## {table.title}", ""]
         if any(results.by_name.values()):
@@ -76,6 +78,14 @@ _LEGEND = (
     "standard errors: three seeds make an exploration, no proof. Figures of others are for other "
     "models and texts: only their order is comparable."
 )
+
+
+def _enter_anew(table: Table, request: Request, gathered: Gathered) -> None:
+    """Rows that were made with settings of the past are no rows of a table any more."""
+    seeds = [int(seed) for row in gathered.index.get(table.name, {}).values() for seed in row]
+    if seeds:
+        every = max(request.seeds, max(seeds) + 1)
+        gathered.enter(table.name, table.cells(dataclasses.replace(request, seeds=every)))
 
 
 def _machine_line(facts: Mapping[str, Any]) -> str:
