@@ -111,7 +111,7 @@ def averages(settings: Settings) -> bool:
 
     Evaluations, and whoever opens the run, then see that average in place of the last weights.
     """
-    return getattr(settings.optimizer, "tail_fraction", None) is not None
+    return settings.optimizer.tail_fraction is not None
 
 
 def _check_average(plugs: Plugs, tx: optax.GradientTransformation, trained: PyTree) -> None:

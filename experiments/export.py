@@ -1,12 +1,14 @@
 """Writes a run in a format that other programs read.
 
-python -m experiments.export --run runs/small --format gguf --out small.gguf
+    python -m experiments.export --run runs/small --format gguf --out small.gguf
 
-native         safetensors and JSON, lossless
-gguf           for llama.cpp; q8_0, q4_0 and q4_1 keep every bit
-stablehlo      a compiled-anywhere forward pass of one shape, with its weights
-onnx           for ONNX Runtime; GPT-2's kind of model, int8 kernels as integer products
-huggingface    a folder for transformers; quantized weights become floats
+The formats are
+
+    native         safetensors and JSON, lossless
+    gguf           for llama.cpp; q8_0, q4_0 and q4_1 keep every bit
+    stablehlo      a compiled-anywhere forward pass of one shape, with its weights
+    onnx           for ONNX Runtime; GPT-2's kind of model, int8 kernels as integer products
+    huggingface    a folder for transformers; quantized weights become floats
 """
 
 from __future__ import annotations

@@ -57,7 +57,13 @@ METHODS: dict[str, type[Any]] = {
     **{
         method.name: method
         for method in (
-            *(Freeze, Lora, LowRankKernels, MultiToken, Distil, DistilCached, OnPolicyDistil),
+            Freeze,
+            Lora,
+            LowRankKernels,
+            MultiToken,
+            Distil,
+            DistilCached,
+            OnPolicyDistil,
         )
     },
     **COMPRESS_METHODS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.ablate.gathered import Gathered
 from experiments.ablate.tables import Request, Table
-from experiments.run import read_json, write_json
+from experiments.run import read_json, write_json, write_text
 
 
 def read(path: Path) -> Gathered:
@@ -65,10 +65,7 @@ def write_report(
                 written.append(image)
                 lines += ["", f"![{table.title}]({image.name})"]
         lines += _ended(table, request, gathered, command)
-    text = "\n".join(lines) + "\n"
-    temporary = written[0].with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(written[0])
+    write_text(written[0], "\n".join(lines) + "\n")
     return written
 
 

@@ -24,6 +24,7 @@ from experiments.ladder.rows import mean_end
 from experiments.ladder.rungs import RUNGS, rung_named
 from experiments.ladder.scales import SCALES, Scale
 from experiments.ladder.side_by_side import measure
+from experiments.run import write_text
 
 HEADLINES = ("jax", "rate", "muon", "for-hf", "for-gguf")
 """Rungs that also look for the length that suits the first baseline's loss, besides the highest
@@ -183,9 +184,7 @@ def write_all(path: Path, gathered: Gathered, scale: Scale) -> list[Path]:
         if draw(site, image):
             written.append(image)
             lines += ["", f"![Loss against time, and seconds of every rung]({image.name})"]
-    temporary = written[1].with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(written[1])
+    write_text(written[1], "\n".join(lines) + "\n")
     return written
 
 

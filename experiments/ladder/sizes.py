@@ -26,6 +26,7 @@ from experiments.ladder.climb import Site, climb, target_of
 from experiments.ladder.rows import curves_of, mean_end, ratio, row_of
 from experiments.ladder.rungs import RUNGS, below, recipe_of, rung_named
 from experiments.ladder.scales import SCALES, Scale
+from experiments.run import write_text
 from model.flops import parameter_count
 
 FROM = "rate"
@@ -192,9 +193,7 @@ def write_sizes(site: Site, path: Path) -> list[Path]:
         _draw(points, image)
         written.append(image)
         lines += ["", f"![Ratios against parameters]({image.name})"]
-    temporary = written[1].with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(written[1])
+    write_text(written[1], "\n".join(lines) + "\n")
     return written
 
 

@@ -10,7 +10,7 @@ from experiments.ladder.child import FACTS
 from experiments.ladder.climb import Site
 from experiments.ladder.measure import last_bits, points_of
 from experiments.ladder.rungs import recipe_of, rung_named
-from experiments.run import read_json
+from experiments.run import read_json, write_text
 from train.loop import LoopSettings
 
 SEED = 100  # one that no table uses
@@ -87,8 +87,6 @@ def write_trials(site: Site, path: Path) -> list[Path]:
         lines += grid(["trial", "bits per byte at the end", "tokens", "ended"], body, "lrrl")
     site.save()
     written = [path, path.with_suffix(".md")]
-    temporary = written[1].with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(written[1])
+    write_text(written[1], "\n".join(lines) + "\n")
     print(f"\nwritten: {', '.join(map(str, written))}")
     return written
