@@ -88,7 +88,7 @@ def execute(
         # The lock is held from here: what another process has begun is not taken for ours.
         stack.enter_context(_forgotten_if_it_never_began(out))
         tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
-        check_lengths(corpora, _window_length(settings))
+        check_lengths(corpora, _window_length(settings), settings.held_out)
         check_tokenizer(settings, tokenizer)
         check_phases(settings, tokenizer)
         if execution.progress and is_main():
@@ -206,7 +206,7 @@ def _run_phase(
     if own and _of_first_batch(own, settings, phase) is None:
         own = None
     data = _dataset(settings, plan.corpora, phase, own).map(plan.beside)
-    held_out = [corpus.split("validation") for corpus, _ in plan.corpora]
+    held_out = [corpus.split(settings.held_out) for corpus, _ in plan.corpora]
     held_out_bytes = sum(split.bytes for split in held_out)
 
     # Rows as long as the longest phase has them: one measure for all phases.

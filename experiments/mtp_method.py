@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from model.config import TransformerConfig
+from model.flops import head_flops
 from model.transformer import Transformer
 from train.methods import Plugs, Setup
 from train.mtp import multi_token, training_only, with_heads
@@ -43,6 +45,15 @@ class MultiToken:
                 f"weight {self.weight} must be positive, decay {self.decay} and until {self.until} "
                 "above 0 and at most 1"
             )
+
+    def training_flops_per_token(self, config: TransformerConfig) -> float:
+        """Returns what the heads add to a training step for each token: a kernel and a head each.
+
+        >>> from model.presets import gpt2
+        >>> MultiToken().training_flops_per_token(gpt2()) / 3e6 > 77
+        True
+        """
+        return 3.0 * self.heads * (2.0 * config.width**2 + head_flops(config))
 
     def build(self, setup: Setup) -> Plugs:
         """Adds kernels, loss terms, and the transform that hides them outside of training."""

@@ -50,7 +50,7 @@ def steps_per_epoch(corpora: Corpora, *, batch_size: int, sequence_length: int) 
     return max(1, windows_per_epoch(splits, sequence_length) // batch_size)
 
 
-def check_lengths(corpora: Corpora, window: int) -> None:
+def check_lengths(corpora: Corpora, window: int, held_out: str = "validation") -> None:
     """Raises ValueError for a source that has no window to train on, or nothing to measure on."""
     for corpus, _ in corpora:
         tokens = len(corpus.split("train").tokens)
@@ -59,7 +59,7 @@ def check_lengths(corpora: Corpora, window: int) -> None:
                 f"{corpus.name} has {tokens} tokens to train on, fewer than a window of {window} "
                 "and the one after; give more text, or a shorter sequence_length"
             )
-        corpus.split("validation")
+        corpus.split(held_out)
 
 
 def describe(corpora: Corpora) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.grid import Result
-from model.flops import flops_per_token
+from model.flops import training_flops_per_token
 from train.settings import Settings
 
 
@@ -85,13 +85,13 @@ def tokens_until(settings: Settings, steps: int) -> int:
 def flops_until(settings: Settings, steps: int, vocabulary_size: int) -> float:
     """Returns the floating-point operations of the first `steps` steps of a run.
 
-    The analytic count of `model.flops`, three times that of the forward pass, phase by phase; what
-    an optimizer does besides is not counted.
+    The analytic count of `model.flops`, phase by phase, and what methods add that say so
+    (`training_flops_per_token` of their settings); what an optimizer does besides is not counted.
 
     >>> from model.presets import gpt2_tiny
     >>> from train.settings import Phase
     >>> one = Settings(phases=(Phase(10, gpt2_tiny(), 4, 8),))
-    >>> flops_until(one, 2, 64) == 3 * 64 * flops_per_token(gpt2_tiny(), 8)
+    >>> flops_until(one, 2, 64) == 64 * training_flops_per_token(gpt2_tiny(), 8)
     True
     """
     total = 0.0
@@ -99,7 +99,11 @@ def flops_until(settings: Settings, steps: int, vocabulary_size: int) -> float:
         taken = min(steps, phase.steps)
         model = dataclasses.replace(phase.model, vocabulary_size=vocabulary_size)
         tokens = taken * phase.batch_size * phase.sequence_length
-        total += 3.0 * tokens * flops_per_token(model, phase.sequence_length)
+        each = training_flops_per_token(model, phase.sequence_length)
+        for method in settings.methods:
+            if (more := getattr(method, "training_flops_per_token", None)) is not None:
+                each += more(model)
+        total += tokens * each
         steps -= taken
     return total
 

@@ -70,6 +70,7 @@ class Settings:
       z_loss: weight of log(Z)^2; 0 leaves the term out.
       loss_chunk: positions whose logits are held at a time; None for all.
       max_nonfinite: bad steps in a row that stop the run.
+      held_out: the split that is evaluated during the run; "test" where all has been chosen.
       vocabulary_multiple: the vocabulary is padded to a multiple of it in the state, so that a mesh
         can divide it; padding has no logits, and exports have none of it.
       mup: the base model that rates and initial scales are those of (see `train.mup`); None where
@@ -90,6 +91,7 @@ class Settings:
     z_loss: float = 0.0
     loss_chunk: int | None = None
     max_nonfinite: int = 5
+    held_out: Literal["validation", "test"] = "validation"
     vocabulary_multiple: int = 1
     mup: MuP | None = None
     methods: tuple[Any, ...] = ()

@@ -133,7 +133,7 @@ def run_baseline(
         state = State(jnp.int32(ended["step"]), {}, (), jax.random.key(settings.seed), {})
         return Outcome(state, ended["reason"], None, ended["evaluation"], ended["seconds"])
     tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
-    check_lengths(corpora, phase.sequence_length)
+    check_lengths(corpora, phase.sequence_length, settings.held_out)
     config = config_for(phase, tokenizer)
     if progress:
         print("\n".join(f"data: {line}" for line in describe(corpora)))
@@ -148,10 +148,10 @@ def run_baseline(
         sequence_length=phase.sequence_length,
         batch_size=phase.batch_size,
     )
-    held_out_bytes = sum(corpus.split("validation").bytes for corpus, _ in corpora)
+    held_out_bytes = sum(corpus.split(settings.held_out).bytes for corpus, _ in corpora)
 
     def evaluation(state: State) -> dict[str, float]:
-        rows = map(learner.place, _held_out(corpora, phase))
+        rows = map(learner.place, _held_out(corpora, phase, settings.held_out))
         measure: Any = learner.measure  # gives plain numbers in place of arrays
         return evaluate(measure, state, {}, rows, held_out_bytes)
 
@@ -197,10 +197,10 @@ class _Lying(Cell):
         return self.at
 
 
-def _held_out(corpora: Corpora, phase: Phase) -> Iterator[Batch]:
+def _held_out(corpora: Corpora, phase: Phase, split: str) -> Iterator[Batch]:
     for corpus, _ in corpora:
         yield from evaluation_batches(
-            corpus.split("validation"),
+            corpus.split(split),
             sequence_length=phase.sequence_length,
             batch_size=phase.batch_size,
         )

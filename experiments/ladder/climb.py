@@ -126,6 +126,7 @@ def recipe_for(scale: Scale, name: str) -> Recipe:
 def job_of(scale: Scale, name: str, tokens: int, seed: int) -> Job:
     """Returns the cell of a rung or baseline at a budget."""
     settings = recipe_for(scale, name).settings(scale.data, tokens, seed)
+    settings = dataclasses.replace(settings, held_out=scale.held_out)
     loop = LoopSettings(
         log_every=max(1, settings.steps // 20),
         evaluate_every=max(1, settings.steps // _evaluations(scale, name)),

@@ -135,6 +135,8 @@ def scale_of(command: Ladder) -> Scale:
         whole = all(Path(spec).is_file() for spec in command.data)
         tokenizer = command.tokenizer or ("bytes" if whole and scale.name != "gpu" else None)
         scale = scale.at(data=command.data, tokenizer=tokenizer or scale.tokenizer)
+        if whole:  # a file of one document has two splits
+            scale = scale.at(held_out="validation")
     elif command.tokenizer:
         scale = scale.at(tokenizer=command.tokenizer)
     if not scale.data:

@@ -49,7 +49,7 @@ def _losses(axes: Any, site: Site, names: list[str], target: float) -> None:
     for baseline in BASELINES:
         if not math.isnan(end := mean_end(site, baseline)):
             axes.axhline(end, color="grey", linewidth=0.6)
-    axes.set(xlabel="seconds of training", ylabel="bits per byte, validation", xscale="log")
+    axes.set(xlabel="seconds of training", ylabel="bits per byte, held out", xscale="log")
     axes.legend(fontsize=7, frameon=False)
     _plain(axes)
 

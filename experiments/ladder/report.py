@@ -49,7 +49,12 @@ def _about(site: Site) -> list[str]:
         f"{scale.evaluations} evaluations a run. Seconds are means over seeds ± standard errors; "
         "ratios are of paired seeds, above 1 is faster. "
         "Side by side: the ratio of tokens times that of seconds a token, with rung and baseline "
-        "in turn on the same machine.",
+        "in turn on the same machine. "
+        + (
+            "Losses are of the test split, which no trial has seen."
+            if scale.held_out == "test"
+            else "Losses are of the validation split: the data has no other."
+        ),
         "",
     ]
     lines += [f"* {name}: {about}" for name, about in BASELINES.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from experiments.ladder.search import Search
 from model.config import TransformerConfig
@@ -57,6 +57,8 @@ class Scale:
       rows: of the baselines' batch.
       length: tokens of a row.
       tokenizer: of all rungs but one.
+      held_out: the split that the ladder is reported on; trials never see it but where the data
+        has no other than "validation".
       tokens: the budget of either baseline, fixed before anything was tuned.
       evaluations: of a run; a torch baseline, which is run once, has four times as many.
       runs: lengths that the search tries at most.
@@ -81,6 +83,7 @@ class Scale:
     device: Any = "cpu"
     precision: Any = "float32"
     label: str = ""
+    held_out: Literal["validation", "test"] = "test"
 
     @property
     def steps(self) -> int:
