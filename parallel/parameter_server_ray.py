@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 # `make() -> (parameters [n], number of the step) -> (gradient [n], loss)`, made in the worker.
 MakeGradient = Callable[[], Callable[[np.ndarray, int], tuple[np.ndarray, float]]]
 
+_INITIAL = "initial.npy"  # in the folder of a shard
 _PAUSE = 0.1  # seconds between two calls of a shard that is being started
 
 
@@ -94,7 +95,22 @@ class RemoteShard:
 
 
 class _ShardActor(Shard):
-    """A shard whose process ends when its disk fails, so that Ray starts one that replays."""
+    """A shard whose process ends when its disk fails, so that Ray starts one that replays.
+
+    Its initial parameters come from its folder: Ray keeps large arguments of an actor in a store
+    that may have let go of them by the time it starts the actor again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        optimizer: optax.GradientTransformation,
+        *,
+        bound: int,
+        compact_every: int,
+    ) -> None:
+        initial = np.load(folder / _INITIAL)
+        super().__init__(folder, initial, optimizer, bound=bound, compact_every=compact_every)
 
     def push(self, push: Push) -> Reply:
         try:
@@ -163,14 +179,23 @@ def start_shards(
     # Without CPUs of their own: they wait for most of the time. A task is not repeated by Ray, as
     # a push is repeated by its worker.
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(_ShardActor)
-    shards = [
-        actor.remote(
-            folder / f"shard_{number}", part, optimizer, bound=bound, compact_every=compact_every
-        )
-        for number, part in enumerate(cut(params, servers))
-    ]
+    shards = []
+    for number, part in enumerate(cut(params, servers)):
+        of_shard = folder / f"shard_{number}"
+        _keep_initial(of_shard, part)
+        shards.append(actor.remote(of_shard, optimizer, bound=bound, compact_every=compact_every))
     ray.get([shard.counts.remote() for shard in shards])  # or its error would come much later
     return shards
+
+
+def _keep_initial(folder: Path, part: np.ndarray) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f"new.{_INITIAL}"
+    with beside.open("wb") as file:
+        np.save(file, part, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(folder / _INITIAL)
 
 
 class Workers:

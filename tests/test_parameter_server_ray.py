@@ -7,7 +7,7 @@ import pytest
 from parallel import parameter_server_ray as server
 from parallel.parameter_server_shard import Counts, Reply
 
-WIDTH = 6
+WIDTH = 60_000  # more than Ray sends along with a call: what is larger lies in its object store
 
 
 def make_gradient():
