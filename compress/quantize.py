@@ -16,7 +16,7 @@ import jax
 from compress.formats import Format, format_of
 from compress.qtensor import QTensor
 from compress.rounding import check_shape, quantize
-from model.rules import Rules, leaf_paths, match, path_of
+from model.rules import Rules, is_stacked, leaf_paths, match, path_of
 
 PyTree = Any
 Quantize = Callable[[jax.Array, Format, int], QTensor]
@@ -94,7 +94,7 @@ scale_dtype='float32')
         path = path_of(key_path)
         if is_qtensor(leaf):
             raise ValueError(f"{path!r} is quantized already; give it the format None")
-        axes = len(leaf.shape) - path.startswith("blocks/")
+        axes = len(leaf.shape) - is_stacked(path)
         if axes != 2:
             raise ValueError(
                 f"a rule gives {path!r} a format, but that is no matrix (its shape is {leaf.shape})"

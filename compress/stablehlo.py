@@ -55,10 +55,12 @@ def save_stablehlo(
     if folder.exists():
         raise ValueError(f"{folder} exists already and nothing is overwritten; give a free name")
     arrays = flat(params)
-    if platforms is not None and model.attention is dot_product_attention:
+    elsewhere = platforms is not None or jax.default_backend() == "gpu"
+    if elsewhere and model.attention is dot_product_attention:
         # Otherwise it takes the form that suits where we are. One program for several takes the
-        # form that suits all.
-        target = platforms[0] if len(set(platforms)) == 1 else "any"
+        # form that suits all, and so does one for a GPU: no file can hold a call of cuDNN.
+        only = set(platforms or ()) in ({"cpu"}, {"tpu"})
+        target = platforms[0] if platforms and only else "any"
         suited = functools.partial(dot_product_attention, platform=target)
         model = model.clone(attention=suited)
 

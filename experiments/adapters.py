@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.lora import KEY, attach, merged
+from compress.lora import attach, merged
 from compress.native import flat
 from compress.quantize import dequantize_params, is_qtensor, quantize_params, weight_rules
 from experiments.assemble import abstract_frozen, abstract_state, assemble, read_frozen
@@ -36,9 +36,11 @@ from experiments.folders import check_free, made_at_once
 from experiments.lora_base import BASE
 from experiments.lora_method import Lora
 from experiments.run import Run, config_for, open_run, phase_at, read_json, write_json
+from experiments.tuning_methods import Unfreeze
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.checkpoints import Checkpoints
 from train.methods import one_side
+from train.mtp import KEY as MTP
 from train.plugs import PyTree
 from train.settings import differences
 from train.tree_store import tree_hash
@@ -84,10 +86,12 @@ def save_adapter(run_folder: Path, out: Path, step: int | None = None) -> list[s
     settings = run.settings
     phase = settings.phases[phase_at(settings, run.step)[0]]
     parts = assemble(settings, config_for(phase, run.tokenizer))
+    _check_alone(run, [transform.name for transform in parts.plugs.transforms])
     with Checkpoints(run.folder / "checkpoints", mode="read") as checkpoints:
         found = checkpoints.restore_part("params", abstract_state(settings, parts).params, run.step)
     frozen = read_frozen(run.folder, abstract_frozen(settings, parts), found.info.get("frozen"))
-    arrays = {path: np.asarray(leaf, order="C") for path, leaf in flat(found.state).items()}
+    trained = {name: tree for name, tree in found.state.items() if name != MTP}
+    arrays = {path: np.asarray(leaf, order="C") for path, leaf in flat(trained).items()}
     alpha = 2.0 * method.rank if method.alpha is None else method.alpha
     with made_at_once(out) as folder:
         folder.mkdir(parents=True)
@@ -211,6 +215,15 @@ def _lora_of(run: Run) -> Lora:
     return methods[0]
 
 
+def _check_alone(run: Run, transforms: Sequence[str]) -> None:
+    """Raises ValueError if other methods change the weights that the factors were trained with."""
+    if others := [name for name in transforms if name not in (Lora.name, MTP, Unfreeze.name)]:
+        raise ValueError(
+            f"{run.folder} was trained with {' and '.join(others)} as well, which an adapter does "
+            "not hold; keep the run"
+        )
+
+
 def _checked(run: Run, adapter: Adapter) -> PyTree:
     """The base as the adapter was trained on it.
 
@@ -273,11 +286,11 @@ def _filled(fixed: PyTree, params: PyTree) -> PyTree:
 
 
 def _beside(params: PyTree, trained: PyTree) -> PyTree:
-    """The parameters with what trained put over and beside them."""
+    """The parameters with what trained put over and beside them: factors, a prefix, a head."""
     if not isinstance(trained, dict) or not isinstance(params, dict):
         return trained
     new = {k: _beside(v, trained[k]) if k in trained else v for k, v in params.items()}
-    return {**new, **{k: v for k, v in trained.items() if k == KEY}}
+    return {**new, **{k: v for k, v in trained.items() if k not in params}}
 
 
 @dataclass(frozen=True)

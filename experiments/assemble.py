@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from model.build import build_model
 from model.config import TransformerConfig
 from model.rules import match_per_layer
-from model.transformer import Transformer
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.losses import cross_entropy, z_loss
 from train.methods import Plugs, Setup, combine
@@ -25,6 +25,8 @@ from train.plugs import whole as whole_gradient
 from train.settings import Settings
 from train.step import init_state
 from train.tree_store import load_tree, save_tree, tree_hash
+
+_HEAD = 0x4EAD  # folded into the seed, for the head of a task
 
 
 class Parts(NamedTuple):
@@ -56,10 +58,9 @@ def assemble(settings: Settings, config: TransformerConfig, workers: int = 1) ->
     """
     whole = abstract_whole(settings, config)
     setup = Setup(config, whole, settings.steps, settings.micro_batches, workers)
-    plugs = combine([method.build(setup) for method in settings.methods])
-    terms: tuple[LossTerm, ...] = (cross_entropy(settings.label_smoothing),)
-    if settings.z_loss:
-        terms += (z_loss(weight=settings.z_loss),)
+    methods = [method.build(setup) for method in settings.methods]
+    terms = combine(methods).terms(_terms(settings, config))
+    plugs = combine([*methods, *_of_task(settings, config, terms)])
     trained, _ = jax.eval_shape(plugs.split, setup.params)
     if not jax.tree.leaves(trained):
         raise ValueError("nothing is left that trains; freeze less")
@@ -67,31 +68,66 @@ def assemble(settings: Settings, config: TransformerConfig, workers: int = 1) ->
     if settings.mup is not None:
         factors = settings.mup.rules(config, optimizer).learning_rate_rules
         optimizer = with_factors(optimizer, factors, trained)
-    tx = build(optimizer, settings.schedule, settings.steps, trained)
+    tx = build(optimizer, settings.schedule, settings.steps, trained, plugs.updates)
     tx = plugs.optimizer(tx)
     if averages(settings):
         _check_average(plugs, tx, trained)
-    return Parts(config, plugs, plugs.terms(terms), tx)
+    return Parts(config, plugs, terms, tx)
+
+
+def _terms(settings: Settings, config: TransformerConfig) -> tuple[LossTerm, ...]:
+    """The loss, before methods add to it."""
+    terms: tuple[LossTerm, ...] = (cross_entropy(settings.label_smoothing),)
+    if settings.task is not None:
+        terms = settings.task.terms(build_model(config), settings.label_smoothing)
+    if settings.z_loss:
+        if all(term.over != "logits" for term in terms):
+            raise ValueError("z_loss is for logits of tokens, and this task has none; leave it out")
+        terms += (z_loss(weight=settings.z_loss),)
+    return terms
+
+
+def _of_task(
+    settings: Settings, config: TransformerConfig, terms: tuple[LossTerm, ...]
+) -> tuple[Plugs, ...]:
+    """The head of the task, which no method sees.
+
+    It takes the place of the language model's own where that has no part in the loss, which then
+    stays as it is: weight decay would wear it off.
+    """
+    if settings.task is None:
+        return ()
+    used = any(term.over == "logits" for term in terms)
+
+    def split(params: PyTree) -> tuple[PyTree, PyTree]:
+        key = jax.random.fold_in(jax.random.key(settings.seed), _HEAD)
+        idle = {} if used else {name: params[name] for name in params if name == "head"}
+        trained = {name: tree for name, tree in params.items() if name not in idle}
+        return {**trained, **settings.task.head(key, config)}, idle
+
+    return (Plugs(split=split),)
 
 
 def _optimizer_here(settings: Settings, config: TransformerConfig, trained: PyTree) -> Any:
     """The optimizer's settings without the rules that only parameters of other phases match.
 
     A rule for the head is no mistake in a run whose head is still tied; one that no phase needs is
-    left for the optimizer to refuse.
+    left for the optimizer to refuse. Nor is a rule that the optimizer has by itself, for kernels,
+    where a method leaves biases alone to train.
     """
-    if len(settings.phases) == 1:
-        return settings.optimizer
     vocabulary: Any = {"vocabulary_size": config.vocabulary_size}
     models = {dataclasses.replace(phase.model, **vocabulary) for phase in settings.phases}
+    whole = abstract_whole(settings, config)
     others = [abstract_whole(settings, model) for model in models - {config}]
     changes: dict[str, Any] = {}
+    by_itself = {field.name: field.default for field in dataclasses.fields(settings.optimizer)}
     for name in ("learning_rate_rules", "decay_rules", "matrix_rules"):
         rules = getattr(settings.optimizer, name, ())
+        elsewhere = [*others, *([] if rules != by_itself.get(name) else [whole])]
         here = tuple(
             rule
             for rule in rules
-            if _finds(rule, trained) or not any(_finds(rule, other) for other in others)
+            if _finds(rule, trained) or not any(_finds(rule, other) for other in elsewhere)
         )
         if here != rules:
             changes[name] = here
@@ -133,7 +169,7 @@ def initial_params(settings: Settings, config: TransformerConfig) -> PyTree:
     """Draws the parameters of the whole model from the seed; traceable."""
     key, _ = jax.random.split(jax.random.key(settings.seed))
     tokens = jnp.zeros((1, 1), jnp.int32)
-    params = Transformer(config).init(key, tokens)["params"]
+    params = build_model(config).init(key, tokens)["params"]
     if settings.mup is not None:
         params = scale_init(params, settings.mup.rules(config, settings.optimizer).init_rules)
     return pad_vocabulary(params, settings.vocabulary_multiple)

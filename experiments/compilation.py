@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 
@@ -16,3 +17,20 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(default_cache() / "xla"))
     # Below half a second, reading the program costs about what compiling it does.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def compiler_options(platform: str | None = None) -> dict[str, Any] | None:
+    """Returns what a training step is compiled with, for `jax.jit`; None for what XLA does itself.
+
+    On an H100 a step of GPT-2 124M took 3 % less time with its products left to cuBLAS (none in
+    Triton) and as they are written (merged ones are copied together and apart).
+
+    Args:
+      platform: what the program is for; the backend by default.
+
+    >>> compiler_options("cpu") is None
+    True
+    """
+    if (platform or jax.default_backend()) != "gpu":
+        return None
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}

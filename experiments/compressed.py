@@ -19,6 +19,7 @@ from experiments.run import WEIGHTS, write_json
 from model.config import TransformerConfig
 from train.checkpoints import Checkpoints
 from train.plugs import PyTree
+from train.prompts import refuse_prefix
 from train.settings import Settings, to_json
 from train.step import init_state
 
@@ -45,8 +46,9 @@ def write_run(
       facts: for result.json: where this comes from and what was done.
 
     Raises:
-      ValueError: `out` exists.
+      ValueError: `out` exists; the parameters hold a trained prompt or prefix.
     """
+    refuse_prefix(params, "the run")
     length = source.phases[-1].sequence_length
     if config.positions == "learned":
         length = min(length, config.max_length)

@@ -5,6 +5,8 @@
 
 What comes out opens like any other of its kind: `AutoModelForCausalLM` and `AutoTokenizer` read the
 folder; `experiments.generate`, `experiments.evaluate` and `experiments.pretrain --from` the run.
+A run of a classification or regression becomes a folder for `AutoModelForSequenceClassification`,
+and such a folder a run with that task.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from compress.quantize import dequantize_params
 from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
 from experiments.run import open_run, write_json
+from experiments.task_labels import labels_of, task_of, template_of
 from model import huggingface
 from model.config import TransformerConfig
+from model.heads import without_heads
+from model.huggingface_classifier import is_classifier, load_classifier, save_classifier
 from parallel.vocabulary import strip_vocabulary
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, to_json
@@ -87,7 +92,17 @@ def to_huggingface(
     end = run.tokenizer.end_of_document  # starts a document as well: there is nothing before it
     with made_at_once(out) as folder:
         extra = {"eos_token_id": end, "bos_token_id": end}
-        huggingface.save(folder, run.model.config, params, dtype=dtype, extra=extra)
+        if (labels := labels_of(run.settings.task)) is None:
+            huggingface.save(
+                folder, run.model.config, without_heads(params), dtype=dtype, extra=extra
+            )
+        else:
+            # No row may end with the token that fills rows up: see model.huggingface_classifier.
+            template = template_of(run.settings.task)
+            pad = end if not template.endswith("{end}") else int(end == 0)
+            args = (folder, run.model.config, params, labels)
+            save_classifier(*args, pad_token=pad, dtype=dtype, extra=extra)
+            notes = [*notes, f"             of rows {template!r}, filled up with token {pad}"]
         for name, content in files.items():
             (folder / name).write_bytes(content)
     return [
@@ -121,10 +136,15 @@ def from_huggingface(
     """
     check_free(out)
     pieces = _tokenizer(folder, tokenizer)
-    config, params = huggingface.load(folder, dtype=dtype)
+    task = None
+    if is_classifier(folder):
+        config, params, labels, _ = load_classifier(folder, dtype=dtype)
+        task = task_of(labels)
+    else:
+        config, params = huggingface.load(folder, dtype=dtype)
     kept, params = _without_padding(config, params, pieces, folder)
     phase = Phase(1, kept, batch_size=1, sequence_length=min(WINDOW, kept.max_length))
-    settings = Settings(phases=(phase,), data=(), tokenizer=tokenizer or str(folder))
+    settings = Settings(phases=(phase,), data=(), tokenizer=tokenizer or str(folder), task=task)
     with made_at_once(out) as run:
         run.mkdir(parents=True)
         pieces.save(run / "tokenizer")
@@ -143,6 +163,8 @@ def from_huggingface(
         f"tokenizer    {pieces.vocabulary_size:,} pieces, from {tokenizer or folder}",
         f"run          {out} at step 0",
     ]
+    if task is not None:
+        lines.insert(2, f"task         {task.name}: {', '.join(labels)}")
     if padding := config.vocabulary_size - kept.vocabulary_size:
         lines.insert(2, f"             without {padding} rows that no piece of the tokenizer uses")
     return lines

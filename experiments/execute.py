@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,21 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.assemble import assemble, averages
+from experiments.assemble import assemble
+from experiments.compilation import compiler_options
 from experiments.execution import Execution
+from experiments.feeds import Feed, open_feed
 from experiments.layout import (
     everywhere,
     lay_out,
     mesh_of,
     model_of,
     of_state,
-    own_rows,
     place,
     report,
 )
-from experiments.methods import batch_map, check_tokenizer, resolve
+from experiments.methods import check_tokenizer, closing, resolve
 from experiments.phases import check_phases, enter_phase
-from experiments.prepare import Corpora, check_lengths, describe, open_data
 from experiments.run import (
     STARTING,
     config_for,
@@ -42,19 +42,14 @@ from experiments.start import start_of
 from model.flops import training_flops_per_token
 from parallel.agreement import by_main, check_same, is_main
 from train.checkpoints import Checkpoints, CheckpointSettings
-from train.data import batches as batch_dataset
-from train.data import evaluation_batches, prefetched
-from train.evaluate import evaluate
-from train.loop import SILENT, Outcome, train
-from train.losses import cross_entropy
-from train.methods import Reading
+from train.data import prefetched
+from train.loop import SILENT, LoopSettings, Outcome, out_of_patience, train, watched
 from train.optimizers import learning_rate_at
-from train.optimizers.averaging import averaged
 from train.plugs import PyTree, State, whole
 from train.progress import progress_bar
-from train.records import Record, Sink, cut_back
-from train.settings import Phase, Settings, differences, to_json
-from train.step import NONFINITE, make_evaluation_step, make_train_step
+from train.records import Record, Sink, cut_back, read_rows
+from train.settings import Settings, differences, to_json
+from train.step import NONFINITE, make_train_step
 from train.tokenizers import Tokenizer
 
 
@@ -87,12 +82,11 @@ def execute(
         checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", keep))
         # The lock is held from here: what another process has begun is not taken for ours.
         stack.enter_context(_forgotten_if_it_never_began(out))
-        tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
-        check_lengths(corpora, _window_length(settings), settings.held_out)
+        tokenizer, lines, open_it = open_feed(settings, out)
         check_tokenizer(settings, tokenizer)
         check_phases(settings, tokenizer)
         if execution.progress and is_main():
-            print("\n".join(f"data: {line}" for line in describe(corpora)))
+            print("\n".join(f"data: {line}" for line in lines))
 
         def begin() -> None:
             write_json(out / "settings.json", to_json(settings))
@@ -100,14 +94,16 @@ def execute(
 
         by_main(begin)
         stack.enter_context(jax.set_mesh(mesh))
-        beside = batch_map(_reading(settings, corpora, out))
+        feed = open_it()
         start = start_of(settings, tokenizer, checkpoints, out, execution.division, mesh)
         state = start.state
-        if int(state.step) >= settings.steps and (result := by_main(lambda: _result(out))):
-            return Outcome(state, result["reason"], None, result["evaluation"], result["seconds"])
-        spent = start.seconds
         step = int(state.step)
         by_main(lambda: cut_back(out / "metrics.jsonl", step))
+        loop = execution.loop
+        over = step >= settings.steps or out_of_patience(_history(out, loop), loop.patience)
+        if over and (result := by_main(lambda: _result(out))):
+            return Outcome(state, result["reason"], None, result["evaluation"], result["seconds"])
+        spent = start.seconds
         sinks = _sinks(settings, out, execution) if is_main() else ()
         path = out / "metrics.jsonl" if is_main() else None
         record = stack.enter_context(Record(path, sinks))
@@ -116,11 +112,10 @@ def execute(
             execution,
             out,
             tokenizer,
-            corpora,
+            feed,
             mesh,
             start.frozen,
             start.frozen_hash,
-            beside,
         )
         while outcome is None or (
             outcome.reason == "finished"
@@ -143,6 +138,7 @@ def execute(
         "seconds": outcome.seconds,
         "skipped_updates": int(outcome.state.extra[NONFINITE]["total"]),
     }
+    result |= closing(settings, feed.sources, result["step"])
     by_main(lambda: write_json(out / "result.json", result))
     return outcome
 
@@ -154,11 +150,10 @@ class _Plan(NamedTuple):
     execution: Execution
     out: Path
     tokenizer: Tokenizer
-    corpora: Corpora
+    feed: Feed
     mesh: Mesh
     frozen: PyTree
     frozen_hash: str | None
-    beside: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def _run_phase(
@@ -190,45 +185,18 @@ def _run_phase(
     if plugs.around is not None:
         step = plugs.around.step(step)
     shardings, whole_copy = of_state(layout, state), everywhere(layout)
-    compiled_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole_copy))
-    measure_state = make_evaluation_step(
-        model, [cross_entropy()], plugs.transforms, settings.loss_chunk
+    compiled_step = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, whole_copy),
+        compiler_options=compiler_options(),
     )
-
-    def measure_run(state: State, frozen: PyTree, batch: dict[str, jax.Array]) -> Any:
-        if averages(settings):
-            state = replace(state, params=averaged(state.optimizer, state.params))
-        return measure_state(state, frozen, batch)
-
-    measure = jax.jit(measure_run, out_shardings=whole_copy)
-    rows = phase.batch_size
-    own = own_rows(layout, rows)
-    if own and _of_first_batch(own, settings, phase) is None:
-        own = None
-    data = _dataset(settings, plan.corpora, phase, own).map(plan.beside)
-    held_out = [corpus.split(settings.held_out) for corpus, _ in plan.corpora]
-    held_out_bytes = sum(split.bytes for split in held_out)
-
-    # Rows as long as the longest phase has them: one measure for all phases.
-    longest = max(settings.phases, key=lambda phase: phase.sequence_length)
-    own_held_out = own_rows(layout, longest.batch_size)
-
-    def held_out_batches() -> Iterator[dict[str, jax.Array]]:
-        for split in held_out:
-            for batch in evaluation_batches(
-                split,
-                sequence_length=longest.sequence_length,
-                batch_size=longest.batch_size,
-                document_boundaries=settings.document_boundaries,
-                rows=own_held_out,
-            ):
-                yield place(layout, batch, own_held_out, longest.batch_size)
+    rows, own = phase.batch_size, plan.feed.own(layout, phase)
+    data = plan.feed.dataset(phase, own)
+    evaluation = plan.feed.evaluation(layout, model, parts, plan.frozen)
 
     def batch_of(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return place(layout, batch, own, rows)
-
-    def evaluation(state: State) -> dict[str, float]:
-        return evaluate(measure, state, plan.frozen, held_out_batches(), held_out_bytes)
 
     def save(step: int, state: State, loss: float | None, seconds: dict[str, float]) -> None:
         info = {"phase": index, "seconds": seconds, "frozen": plan.frozen_hash}
@@ -261,74 +229,16 @@ def _run_phase(
             place=batch_of,
             trace_folder=str(plan.out / "profile"),
             reporter=reporter,
+            history=_history(plan.out, execution.loop),
         )
 
 
-def _dataset(settings: Settings, corpora: Corpora, phase: Phase, own: slice | None = None) -> Any:
-    """The batches of a phase, by step of the run: whole, or the rows `own` of each."""
-    return batch_dataset(
-        [(corpus.split("train"), weight) for corpus, weight in corpora],
-        seed=settings.seed,
-        sequence_length=phase.sequence_length,
-        batch_size=_windows_by_step(settings),
-        window_length=_window_length(settings),
-        document_boundaries=settings.document_boundaries,
-        rows=own and _of_first_batch(own, settings, phase),
-    )
-
-
-def _reading(settings: Settings, corpora: Corpora, out: Path) -> Reading:
-    """The data as methods see it that put something beside each batch."""
-    phase = settings.phases[0]
-
-    def windows() -> Iterator[dict[str, np.ndarray]]:
-        for corpus, _ in corpora:
-            yield from evaluation_batches(
-                corpus.split("train"),
-                sequence_length=phase.sequence_length,
-                batch_size=phase.batch_size,
-                document_boundaries=settings.document_boundaries,
-            )
-
-    facts = [{"sha256": c.fingerprint, "tokenizer": c.tokenizer} for c, _ in corpora]
-    return Reading(settings, facts, lambda phase: _dataset(settings, corpora, phase), windows, out)
-
-
-def _window_length(settings: Settings) -> int:
-    """Length that all phases cut their rows from: they go on through one order of windows."""
-    return max(phase.sequence_length for phase in settings.phases)
-
-
-def _windows_by_step(settings: Settings) -> int | Callable[[int], int]:
-    """Windows that each step of the run takes.
-
-    Raises:
-      ValueError: a phase whose batch is no whole number of windows.
-    """
-    length = _window_length(settings)
-    windows = []
-    for phase in settings.phases:
-        if length % phase.sequence_length or phase.batch_size % (length // phase.sequence_length):
-            raise ValueError(
-                f"a batch of {phase.batch_size} rows of {phase.sequence_length} tokens is no whole "
-                f"number of the {length}-token windows that all phases share"
-            )
-        windows.append(phase.batch_size * phase.sequence_length // length)
-    if len(set(windows)) == 1:
-        return windows[0]
-    return lambda step: windows[phase_at(settings, step)[0]]
-
-
-def _of_first_batch(own: slice, settings: Settings, phase: Phase) -> slice | None:
-    """The same part of the run's first batch, cut as in this phase: what `batch_dataset` takes.
-
-    None if that batch has no such part: then this process reads all rows.
-    """
-    first = settings.phases[0]
-    rows = first.batch_size * first.sequence_length // phase.sequence_length
-    if own.start * rows % phase.batch_size or own.stop * rows % phase.batch_size:
-        return None
-    return slice(own.start * rows // phase.batch_size, own.stop * rows // phase.batch_size)
+def _history(out: Path, loop: LoopSettings) -> list[float]:
+    """What was watched in the evaluations so far; the record ends at the checkpoint."""
+    path = out / "metrics.jsonl"
+    if loop.patience is None or not path.exists():
+        return []
+    return [watched(row, loop.watch) for row in read_rows(path) if row["kind"] == "evaluation"]
 
 
 def _agree(settings: Settings, out: Path, execution: Execution) -> None:

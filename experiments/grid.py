@@ -27,7 +27,7 @@ from train.records import Row, plain, read_rows
 from train.settings import Settings, digest, essential
 
 _IN_A_FOLDER = re.compile(r".*[/\\]([0-9a-f]{16}(@\d+)?)")  # of cells
-ENDS = ("finished", "target", "nonfinite")  # not "signal": that cell goes on
+ENDS = ("finished", "target", "patience", "nonfinite")  # not "signal": that cell goes on
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,13 @@ def without_folders(values: Any) -> Any:
 
     >>> without_folders({"parent": "runs/cells/0123456789abcdef@300", "data": ["a/b.txt"]})
     {'parent': '0123456789abcdef@300', 'data': ['a/b.txt']}
+    >>> without_folders({"paths": [["train", "a/b.tsv"]], "sha256": ["c3ab"]})
+    {'sha256': ['c3ab']}
     """
     if isinstance(values, dict):
-        return {name: without_folders(value) for name, value in values.items()}
+        kept = {name: without_folders(value) for name, value in values.items()}
+        # The files of a task count by their content.
+        return {n: v for n, v in kept.items() if n != "paths"} if kept.get("sha256") else kept
     if isinstance(values, list | tuple):
         return [without_folders(value) for value in values]
     if isinstance(values, str) and (found := _IN_A_FOLDER.fullmatch(values)):

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.assemble import Parts, abstract_whole
 from model.attention import dot_product_attention
 from model.block import no_constraint
+from model.build import build_model
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from parallel.agreement import local_rows
@@ -156,7 +157,7 @@ def model_of(layout: Layout, config: TransformerConfig) -> Transformer:
     if layout.pipeline is not None:
         micro_batches, rounds = layout.pipeline
         stack = functools.partial(pipeline, micro_batches=micro_batches, rounds=rounds)
-    return Transformer(
+    return build_model(
         config,
         ring_attention() if layout.mesh.shape["context"] > 1 else dot_product_attention,
         no_constraint if one else constrain(layout.mesh, layout.strategies),

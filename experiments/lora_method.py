@@ -14,6 +14,7 @@ the base as it is, GPTQ's numbers for instance:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,8 +26,8 @@ from compress.lowrank_params import ranks_by_path
 from compress.quantize import formats_by_path, quantize_params, weight_rules
 from experiments.lora_base import BASE, Base, check_base, check_tokens, known_base, load_base
 from model.config import config_from_dict
-from model.rules import match
-from train.methods import FrozenTree, Plugs, Setup, one_side
+from train.methods import FrozenTree, Plugs, Setup
+from train.partition import trains_also
 from train.plugs import Context, PyTree, WeightTransform, merge
 from train.tokenizers import Tokenizer
 
@@ -131,16 +132,14 @@ class Lora:
         if self.base_run is not None:
             return self._on_a_run(self.base_run, rules, setup)
         ranks = ranks_by_path(setup.params, rules)
-        also = match([(rule, True) for rule in self.also], setup.params, default=False)
+        chosen = trains_also(setup.params, self.also)
         if self.base is not None:
             formats_by_path(setup.params, weight_rules(setup.params, self.base))
 
         def split(params: PyTree) -> tuple[PyTree, PyTree]:
             # What a method before this one has put beside the model trains as it asked for.
-            trained = {name: part for name, part in params.items() if name not in also}
-            params = {name: part for name, part in params.items() if name in also}
-            trained |= one_side(params, also, True)
-            fixed = one_side(params, also, False)
+            trained, fixed = chosen(params)
+            _check_there(params, ranks)
             if self.base is not None:
                 fixed = quantize_params(fixed, weight_rules(fixed, self.base))
             whole = merge(trained, fixed)
@@ -170,3 +169,15 @@ class Lora:
 
         frozen = {BASE: FrozenTree(base, lambda: load_base(spec, known))}
         return Plugs((WeightTransform(self.name, apply),), split=split, frozen=frozen)
+
+
+def _check_there(params: PyTree, paths: Iterable[str]) -> None:
+    """Raises ValueError if a method before this one has taken a matrix away to freeze it."""
+    for path in paths:
+        place = params
+        for name in path.split("/"):
+            if name not in place:
+                raise ValueError(
+                    f"lora adapts {path}, which a method before it has frozen; give lora first"
+                )
+            place = place[name]

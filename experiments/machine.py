@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax
 
 
 def machine() -> dict[str, str | int]:
-    """Returns processor, cores, devices and versions.
+    """Returns processor, cores, devices and versions; and those of a GPU of NVIDIA, if one is here.
 
-    >>> sorted(machine())
-    ['cores', 'devices', 'jax', 'jaxlib', 'processor', 'python']
+    >>> {"cores", "devices", "jax", "jaxlib", "processor", "python"} <= set(machine())
+    True
     """
     devices = jax.devices()
     return {
@@ -24,7 +26,34 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "jax": version("jax"),
         "jaxlib": version("jaxlib"),
+        **_gpu(),
     }
+
+
+CUDA_PACKAGES = ("torch", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+"""Whose versions stand beside what was measured on a GPU, where they are installed."""
+
+
+def _gpu() -> dict[str, str]:
+    """The first GPU and its driver as `nvidia-smi` has them; nothing without one."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    lines = found.stdout.strip().splitlines()
+    if found.returncode or not lines:
+        return {}
+    name, _, driver = lines[0].partition(",")
+    facts = {"gpu": name.strip(), "driver": driver.strip()}
+    for package in CUDA_PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return facts
 
 
 def _processor() -> str:

@@ -7,21 +7,26 @@ in `compress/`, `parallel/` and `train/`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import jax
 
 from experiments.compress_methods import COMPRESS_METHODS
 from experiments.distill_cached_method import DistilCached
 from experiments.distill_method import Distil
+from experiments.dp_method import DpSgd
 from experiments.lora_method import Lora
 from experiments.lowrank_method import LowRankKernels
 from experiments.mtp_method import MultiToken
 from experiments.on_policy_method import OnPolicyDistil
 from experiments.parallel_methods import PARALLEL_METHODS
-from model.rules import match
-from train.methods import Plugs, Reading, Setup, one_side
-from train.plugs import PyTree
+from experiments.prompt_methods import PROMPT_METHODS
+from experiments.tuning_methods import TUNING_METHODS
+from model.rules import leaf_paths, match
+from train.methods import Plugs, Reading, Setup
+from train.partition import split_where
 from train.settings import Settings
 from train.tokenizers import Tokenizer
 
@@ -46,11 +51,9 @@ class Freeze:
           ValueError: a rule that matches nothing, or only some layers of a stack.
         """
         chosen = match([(rule, True) for rule in self.rules], setup.params, default=False)
-
-        def split(params: PyTree) -> tuple[PyTree, PyTree]:
-            return one_side(params, chosen, False), one_side(params, chosen, True)
-
-        return Plugs(split=split)
+        paths = zip(leaf_paths(setup.params), jax.tree.leaves(chosen), strict=True)
+        fixed = {path for path, yes in paths if yes}
+        return Plugs(split=split_where(lambda path: path not in fixed))
 
 
 METHODS: dict[str, type[Any]] = {
@@ -64,29 +67,33 @@ METHODS: dict[str, type[Any]] = {
             Distil,
             DistilCached,
             OnPolicyDistil,
+            DpSgd,
         )
     },
     **COMPRESS_METHODS,
     **PARALLEL_METHODS,
+    **TUNING_METHODS,
+    **PROMPT_METHODS,
 }
 
 
 def resolve(settings: Settings, saved: Settings | None) -> Settings:
-    """Returns the settings with all filled in that methods learn from elsewhere, once a run.
+    """Returns the settings with all filled in that methods and the task learn from elsewhere.
 
     Args:
       settings: as given.
       saved: those that the run began with, or None.
 
     Raises:
-      ValueError: a method that lacks what it needs.
+      ValueError: a method or a task that lacks what it needs.
     """
     before = {} if saved is None else {method.name: method for method in saved.methods}
     methods = tuple(
         method.resolve(before.get(method.name)) if hasattr(method, "resolve") else method
         for method in settings.methods
     )
-    return dataclasses.replace(settings, methods=methods)
+    task = None if settings.task is None else settings.task.resolve()
+    return dataclasses.replace(settings, methods=methods, task=task)
 
 
 def check_tokenizer(settings: Settings, tokenizer: Tokenizer) -> None:
@@ -106,3 +113,18 @@ def batch_map(reading: Reading) -> Callable[[dict[str, Any]], dict[str, Any]]:
         return batch
 
     return apply
+
+
+def closing(settings: Settings, sources: Sequence[tuple[int, float]], steps: int) -> dict[str, Any]:
+    """Returns what the methods have to say of a run at its end, for `result.json`.
+
+    Args:
+      settings: of the run.
+      sources: examples of each source that it trained on, and its share of the rows.
+      steps: that were made.
+    """
+    facts: dict[str, Any] = {}
+    for method in settings.methods:
+        if hasattr(method, "closing"):
+            facts |= method.closing(settings, sources, steps)
+    return facts

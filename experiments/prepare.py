@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from train.cache import build_once, default_cache
 from train.corpus import Corpus, build_corpus
 from train.data import windows_per_epoch
 from train.settings import differences
-from train.sources import Source, open_source, parse_mixture
+from train.sources import open_source, parse_mixture
 from train.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 
 Corpora = list[tuple[Corpus, float]]
@@ -29,14 +31,14 @@ def open_data(data: tuple[str, ...], tokenizer_spec: str, out: Path) -> tuple[To
     opened: list[tuple[Tokenizer, Corpora]] = []
 
     def prepare() -> None:
-        if is_main() and not (out / "settings.json").exists():
-            begin_start(out)
-        if not is_main():
-            wait_until_seen(out / "data.json")
+        begin_data(out)
         mixture = [(open_source(spec), weight) for spec, weight in parse_mixture(data)]
-        tokenizer = _tokenizer(tokenizer_spec, out, mixture[0][0])
+        first = mixture[0][0]
+        tokenizer = keep_tokenizer(
+            tokenizer_spec, out, first.documents, lambda: first.fingerprint(_fingerprints())
+        )
         corpora = [(build_corpus(source, tokenizer), weight) for source, weight in mixture]
-        _record(corpora, out)
+        record_facts(_facts(corpora), out)
         opened.append((tokenizer, corpora))
 
     by_main(prepare)
@@ -74,17 +76,20 @@ def describe(corpora: Corpora) -> list[str]:
     return lines
 
 
-def _record(corpora: Corpora, out: Path) -> None:
-    """Writes what the data is, by content, or compares with what was written at the start."""
-    facts: list[dict[str, Any]] = [
-        {
-            "name": corpus.name,
-            "sha256": corpus.fingerprint,
-            "tokenizer": corpus.tokenizer,
-            "tokens": {name: len(split.tokens) for name, split in corpus.splits.items()},
-        }
-        for corpus, _ in corpora
-    ]
+def begin_data(out: Path) -> None:
+    """Before anything is prepared: process 0 marks a new run, the others wait for its work."""
+    if is_main() and not (out / "settings.json").exists():
+        begin_start(out)
+    if not is_main():
+        wait_until_seen(out / "data.json")
+
+
+def record_facts(facts: list[dict[str, Any]], out: Path) -> None:
+    """Writes what the data is, by content, or compares with what was written at the start.
+
+    Raises:
+      ValueError: it has changed.
+    """
     path = out / "data.json"
     if not path.exists():
         write_json(path, facts)
@@ -98,22 +103,59 @@ def _record(corpora: Corpora, out: Path) -> None:
         )
 
 
-def _tokenizer(spec: str, out: Path, source: Source) -> Tokenizer:
-    """Returns the run's tokenizer; trains it once for a source and size, on this machine."""
+def keep_tokenizer(
+    spec: str,
+    out: Path,
+    documents: Callable[[], Iterable[str]],
+    fingerprint: Callable[[], str] | None = None,
+) -> Tokenizer:
+    """Returns the run's tokenizer, and keeps it in `out`.
+
+    Args:
+      spec: "sentencepiece:N", or what `train.tokenizers.load_tokenizer` takes.
+      out: folder of the run.
+      documents: what one of N pieces is trained on: once for a text and size, on this machine.
+      fingerprint: hash of that text; by default it is made from the documents.
+
+    Raises:
+      ValueError: there is no such tokenizer.
+    """
     folder = out / "tokenizer"
     if (folder / "kind.json").exists():
         return load_tokenizer(folder)
     kind, _, size = spec.partition(":")
     if kind == "sentencepiece" and size.isdecimal():
-        cache = default_cache()
-        key = f"{source.fingerprint(cache / 'fingerprints')[:32]}-{size}"
-        trained = cache / "tokenizers" / key
+        content = _hash(documents()) if fingerprint is None else fingerprint()
+        trained = default_cache() / "tokenizers" / f"{content[:32]}-{size}"
 
         def write(folder: Path) -> None:
-            train_sentencepiece(source.documents(), int(size)).save(folder)
+            train_sentencepiece(documents(), int(size)).save(folder)
 
         tokenizer = build_once(trained, load_tokenizer, write)
     else:
         tokenizer = load_tokenizer(spec)
     tokenizer.save(folder)
     return tokenizer
+
+
+def _facts(corpora: Corpora) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": corpus.name,
+            "sha256": corpus.fingerprint,
+            "tokenizer": corpus.tokenizer,
+            "tokens": {name: len(split.tokens) for name, split in corpus.splits.items()},
+        }
+        for corpus, _ in corpora
+    ]
+
+
+def _fingerprints() -> Path:
+    return default_cache() / "fingerprints"
+
+
+def _hash(documents: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in documents:
+        digest.update(f"{len(text)}\n{text}".encode())
+    return digest.hexdigest()

@@ -33,6 +33,8 @@ from experiments.assemble import (
     read_frozen,
 )
 from experiments.methods import METHODS
+from experiments.tasks import TASKS
+from model.build import build_model
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from train.checkpoints import Checkpoints, Restored
@@ -102,7 +104,18 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
         about = f"The checkpoint of step {passed} is damaged and was passed over: {reason}"
         print(about, file=sys.stderr)  # what a command prints may be piped on
     params = effective_weights(parts, found.step, found.state, frozen, extra)
-    return Run(folder, settings, found.step, Transformer(parts.config), params, tokenizer)
+    return Run(folder, settings, found.step, build_model(parts.config), params, tokenizer)
+
+
+def best_step(folder: str | os.PathLike[str]) -> int | None:
+    """Returns the step of the best checkpoint of a run, by what it was watched by; None if none is.
+
+    Raises:
+      FileNotFoundError: the folder is no run.
+    """
+    read_settings(Path(folder))
+    with Checkpoints(Path(folder) / "checkpoints", mode="read") as checkpoints:
+        return checkpoints.best_step()
 
 
 def _average(checkpoints: Checkpoints, state: State, found: Restored) -> Restored:
@@ -128,7 +141,7 @@ def read_settings(folder: Path) -> Settings:
     if not path.exists():
         raise FileNotFoundError(f"{folder} is no run: it has no settings.json")
     try:
-        return from_json(read_json(path), METHODS)
+        return from_json(read_json(path), METHODS, TASKS)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run as this version writes them ({error}); "

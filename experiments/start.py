@@ -38,11 +38,13 @@ from experiments.phases import enter_phase
 from experiments.run import config_for, open_run, parse_parent, phase_at
 from model.config import TransformerConfig
 from model.grow import check_growth, grown, keeps_function, sources
+from model.heads import heads_of, without_heads
 from parallel.agreement import is_main, spread
 from parallel.vocabulary import pad_vocabulary
 from train.checkpoints import Checkpoints
 from train.loop import reset_nonfinite
 from train.plugs import PyTree, State
+from train.prompts import refuse_prefix
 from train.settings import Settings, differences
 from train.step import NONFINITE
 from train.tokenizers import Tokenizer
@@ -138,12 +140,14 @@ def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start
     """Returns the start of a new run: parameters drawn, or taken from the parent."""
     split = parts.plugs.split
     whole = abstract_whole(settings, parts.config)
+    heads: PyTree = {}
     if settings.parent is None:
         given = jax.jit(
             lambda: initial_params(settings, parts.config), out_shardings=of_params(layout, whole)
         )()
     else:
-        adopted = pad_vocabulary(_adopt(settings, parts.config), settings.vocabulary_multiple)
+        adopted, heads = _adopt(settings, parts.config)
+        adopted = pad_vocabulary(adopted, settings.vocabulary_multiple)
         given = spread(adopted, of_params(layout, whole))
     frozen = abstract_frozen(settings, parts)
     trained, fixed = jax.eval_shape(split, whole)
@@ -151,6 +155,7 @@ def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start
         split,
         out_shardings=(of_params(layout, trained), of_frozen(layout, {"params": fixed})["params"]),
     )(given)
+    params |= {name: spread(heads[name], of_params(layout, trained)[name]) for name in heads}
     frozen = spread(first_frozen(parts, fixed), of_frozen(layout, frozen))
     state = jax.jit(
         lambda p, f: first_state(settings, parts, p, f),
@@ -159,8 +164,10 @@ def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start
     return Start(state, frozen, keep_frozen(out, frozen), {})
 
 
-def _adopt(settings: Settings, config: TransformerConfig) -> PyTree:
-    """Returns the parameters of another run, grown if they are of a smaller model.
+def _adopt(settings: Settings, config: TransformerConfig) -> tuple[PyTree, PyTree]:
+    """Returns the parameters of another run, grown if they are of a smaller model, and its heads.
+
+    Heads are kept where the task is the same, with the same labels.
 
     Raises:
       ValueError: the parent's model has another config, into which it does not grow.
@@ -169,29 +176,43 @@ def _adopt(settings: Settings, config: TransformerConfig) -> PyTree:
     assert parent is not None
     run = open_run(*parse_parent(parent))
     growth = settings.phases[0].growth
-    if run.model.config != config:
+    # What is dropped in training belongs to no parameter, and may be chosen anew.
+    dropped = {name: getattr(config, name) for name in ("dropout", "layer_drop", "token_drop")}
+    theirs = replace(run.model.config, **dropped)
+    if theirs != config:
         try:
-            check_growth(run.model.config, config, growth)
+            check_growth(theirs, config, growth)
         except ValueError as error:
-            lines = differences(asdict(config), asdict(run.model.config))
+            lines = differences(asdict(config), asdict(theirs))
             raise ValueError(f"{parent} has another model: {'; '.join(lines)} ({error})") from error
-    params = merged(run.params)
+    params = without_heads(merged(run.params))
+    refuse_prefix(params, parent)
     if any(is_packed(w) for w in jax.tree.leaves(params, is_leaf=is_packed)):
         raise ValueError(
             f"{parent} is quantized and does not train; start from the run that it was made of"
         )
-    if run.model.config != config:
+    if theirs != config:
         key = jax.random.fold_in(jax.random.key(settings.seed), 0)
-        made_of = sources(run.model.config, config, growth, key=key)
+        made_of = sources(theirs, config, growth, key=key)
         params = jax.jit(lambda p: grown(p, made_of))(params)
-        kept = "kept" if keeps_function(run.model.config, config, growth) else "not kept"
-        lines = differences(asdict(config), asdict(run.model.config))
+        kept = "kept" if keeps_function(theirs, config, growth) else "not kept"
+        lines = differences(asdict(config), asdict(theirs))
         _say(f"The model grows ({growth}, function {kept}): {'; '.join(lines)}")
     _say(f"From {run.folder} at step {run.step}: parameters and tokenizer are kept;")
     _say("optimizer state, schedule, step number and data order start anew")
     if adapted := adapted_paths(run.params):
         _say(f"the low-rank factors of {len(adapted)} weights are merged into them")
-    return params
+    heads = heads_of(run.params)
+    if heads and not _fits(settings.task, run.settings.task):
+        _say(f"its {' and '.join(heads)} are of another task and left out")
+        heads = {}
+    return params, heads
+
+
+def _fits(ours: Any, theirs: Any) -> bool:
+    """Whether the head of one task is one of another: for the same labels, if it has any."""
+    labels = [getattr(task, "labels", ()) for task in (ours, theirs)]
+    return type(ours) is type(theirs) and labels[0] == labels[1]
 
 
 def _say(text: str) -> None:

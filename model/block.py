@@ -18,6 +18,8 @@ from model.config import TransformerConfig
 from model.linear import Linear
 from model.norm import Norm
 from model.positions import Rotation, rotate
+from model.prefix import KEY as PREFIX
+from model.prefix import attend_with_prefix
 from model.shortcuts import Beside, Shortcut, gated_value
 
 # name -> (function, whether it multiplies a gate with a second product)
@@ -43,6 +45,20 @@ class BlockOutput(NamedTuple):
 
     cache: dict[str, jax.Array] | None
     captured: dict[str, jax.Array]
+
+
+class Memory(NamedTuple):
+    """What a block of a decoder reads of the source.
+
+    Attributes:
+      visibility: which of its tokens each query sees, see `model.attention.across`.
+      states: [B, S, D], the output of the encoder; or None, and then
+      keys: {"cross_k", "cross_v": [B, S, G, K]} that an earlier call has made of it.
+    """
+
+    visibility: Visibility
+    states: jax.Array | None = None
+    keys: dict[str, jax.Array] | None = None
 
 
 class SelfAttention(nn.Module):
@@ -87,10 +103,48 @@ class SelfAttention(nn.Module):
         dropout = None
         if c.dropout and self.has_rng("dropout"):
             dropout = Dropout(c.dropout, self.make_rng("dropout"))
-        y = self.attention(q, k.astype(q.dtype), v.astype(q.dtype), visibility, dropout)
+        keys = (q, k.astype(q.dtype), v.astype(q.dtype), visibility, dropout)
+        if self.has_variable("params", PREFIX):  # trained beside the weights, in no config
+            prefix: Any = self.get_variable("params", PREFIX)
+            y = attend_with_prefix(self.attention, *keys, prefix)
+        else:
+            y = self.attention(*keys)
         y = self.constrain(y, by_head)
         y = y.reshape(B, T, c.heads * c.head_width_)
         return _linear(c, "o", D, projection=True)(y), cache, captured
+
+
+class CrossAttention(nn.Module):
+    """Queries of the stream, keys and values of the source: [B, T, D] -> [B, T, D]."""
+
+    config: TransformerConfig
+    attention: Attention = dot_product_attention
+    constrain: Constrain = no_constraint
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, memory: Memory) -> tuple[jax.Array, dict[str, jax.Array]]:
+        c = self.config
+        by_head = ("batch", "branch", "heads", "head_width")
+
+        def heads(name: str, n: int, of: jax.Array) -> jax.Array:
+            y = _linear(c, name, n * c.head_width_)(of)
+            return self.constrain(y.reshape(*y.shape[:2], n, c.head_width_), by_head)
+
+        q = heads("q", c.heads, x_BTD)
+        q = norm(c, "q_norm", "rmsnorm")(q) if c.qk_norm else q
+        keys = memory.keys
+        if memory.states is not None:
+            k, v = (heads(name, c.kv_heads_, memory.states) for name in ("k", "v"))
+            k = norm(c, "k_norm", "rmsnorm")(k) if c.qk_norm else k
+            keys = {"cross_k": k, "cross_v": v}
+        assert keys is not None
+        dropout = None
+        if c.dropout and self.has_rng("dropout"):
+            dropout = Dropout(c.dropout, self.make_rng("dropout"))
+        k, v = (keys[name].astype(q.dtype) for name in ("cross_k", "cross_v"))
+        y = self.constrain(self.attention(q, k, v, memory.visibility, dropout), by_head)
+        y = y.reshape(*x_BTD.shape[:2], c.heads * c.head_width_)
+        return _linear(c, "o", x_BTD.shape[-1], projection=True)(y), keys
 
 
 class FeedForward(nn.Module):
@@ -113,7 +167,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    With a memory, x + cross_attention(norm(x), memory) between them.
+    """
 
     config: TransformerConfig
     attention: Attention = dot_product_attention
@@ -127,6 +184,7 @@ class Block(nn.Module):
         turn: Rotation | None,
         cache: dict[str, jax.Array] | None,
         beside: Beside | None = None,
+        memory: Memory | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
         c = self.config
         if beside is None:
@@ -150,6 +208,13 @@ class Block(nn.Module):
         attend = SelfAttention(c, self.attention, self.constrain, name="attention")
         y_BTD, cache, captured = attend(h_BTD, visibility, turn, cache, beside)
         x_BTD = x_BTD + drop(self.constrain(y_BTD, stream))
+
+        if memory is not None:
+            h_BTD = self.constrain(norm(c, "cross_attention_norm")(x_BTD), inside)
+            read = CrossAttention(c, self.attention, self.constrain, name="cross_attention")
+            y_BTD, keys = read(h_BTD, memory)
+            cache = None if cache is None else {**cache, **keys}
+            x_BTD = x_BTD + drop(self.constrain(y_BTD, stream))
 
         h_BTD = self.constrain(norm(c, "mlp_norm")(x_BTD), inside)
         y_BTD = FeedForward(c, self.constrain, name="mlp")(h_BTD)

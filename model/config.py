@@ -173,6 +173,38 @@ class TransformerConfig:
         return min(VALUE_GATE_INPUTS, self.width)
 
 
+@dataclass(frozen=True)
+class EncoderDecoderConfig(TransformerConfig):
+    """Shape and parts of an encoder and a decoder made of the same blocks.
+
+    `layers` counts the blocks of the decoder, and all other fields hold for both sides, but that
+    there are no windows, shortcuts, value embeddings, or layers and tokens that are left out.
+
+    Attributes:
+      encoder_layers: number of blocks of the encoder.
+      tied_source: whether the source is embedded by the table of the target: one vocabulary.
+
+    >>> EncoderDecoderConfig(layers=3, encoder_layers=3, dropout=0.1).random
+    True
+    """
+
+    encoder_layers: int = 6
+    tied_source: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.encoder_layers < 1:
+            raise ValueError(f"encoder_layers is {self.encoder_layers}; it must be at least 1")
+        plain = TransformerConfig()
+        names = ("window", "embedding_shortcut", "value_embeddings", "layer_drop", "token_drop")
+        for name in names:
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(
+                    f"an encoder-decoder has no {name}, and it is {getattr(self, name)!r}; leave "
+                    "it out, or take a decoder-only model"
+                )
+
+
 VALUE_GATE_INPUTS = 32  # as in nanochat; a gate over all features trained no better there
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -196,7 +228,8 @@ def config_from_dict(fields: dict[str, Any]) -> TransformerConfig:
     >>> config_from_dict(dataclasses.asdict(config)) == config
     True
     """
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    kind = EncoderDecoderConfig if "encoder_layers" in fields else TransformerConfig
+    known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"unknown config fields {unknown}; known are {sorted(known)}")
-    return TransformerConfig(**fields)
+    return kind(**fields)

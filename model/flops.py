@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.config import TransformerConfig
+from model.build import build_model
+from model.config import EncoderDecoderConfig, TransformerConfig
 from model.drop import kept_tokens, survival
-from model.transformer import Transformer
 
 
 def abstract_params(config: TransformerConfig) -> Any:
     """Returns the parameter tree as shapes and types, computing nothing."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(build_model(config).init, jax.random.key(0), tokens)["params"]
 
 
 def parameter_count(config: TransformerConfig) -> int:
@@ -35,6 +35,9 @@ def flops_per_token(config: TransformerConfig, length: int) -> float:
     kernels, the head, and scores and values for the keys that a causal query really sees (half of
     the square, less under a window). Lookups, norms and activations are not counted. A training
     step costs three times as much (forward, and two products in the backward pass for each).
+
+    Of an encoder-decoder it is that of a token of the target and one of the source, rows of both
+    being of that length.
 
     >>> from model.presets import gpt2
     >>> round(flops_per_token(gpt2(), 1024) / 1e6)
@@ -56,6 +59,8 @@ def training_flops_per_token(config: TransformerConfig, length: int) -> float:
     >>> round(training_flops_per_token(half, 1024) / 3e6)
     215
     """
+    if isinstance(config, EncoderDecoderConfig):
+        return 3.0 * flops_per_token(config, length)
     chances = survival(config.layers, config.layer_drop)
     total = head_flops(config)
     for layer, chance in enumerate(chances):
@@ -72,7 +77,15 @@ def block_flops(config: TransformerConfig, length: int) -> float:
     >>> round(block_flops(gpt2(), 1024) / 1e6)
     189
     """
-    return sum(layer_flops(config, layer, length) for layer in range(config.layers))
+    layers = sum(layer_flops(config, layer, length) for layer in range(config.layers))
+    if not isinstance(config, EncoderDecoderConfig):
+        return layers
+    # The square is seen whole by the encoder and across, where layer_flops counts half of it.
+    D, K, H, G = config.width, config.head_width_, config.heads, config.kv_heads_
+    scores = 4.0 * H * K * length
+    of_encoder = layer_flops(config, 0, length) + scores - 4.0 * H * K * _mean_visible(length, None)
+    cross = 2.0 * D * K * (2 * H + 2 * G) + scores
+    return layers + config.layers * cross + config.encoder_layers * of_encoder
 
 
 def layer_flops(config: TransformerConfig, layer: int, length: int) -> float:

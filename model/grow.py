@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import TransformerConfig
+from model.config import EncoderDecoderConfig, TransformerConfig
 from model.flops import abstract_params
 
 PyTree = Any
@@ -189,6 +189,8 @@ def check_growth(config: TransformerConfig, to: TransformerConfig, how: How = "i
     """
     if how not in HOWS:
         raise ValueError(f"growth is {how!r}; choose one of {', '.join(HOWS)}")
+    if any(isinstance(each, EncoderDecoderConfig) for each in (config, to)):
+        raise ValueError("an encoder-decoder does not grow; keep its model, or train it anew")
     sizes = {name: (_size(config, name), _size(to, name)) for name in SIZES}
     for name, (old, new) in sizes.items():
         if new < old:

@@ -28,22 +28,27 @@ from model.huggingface_config import read_config, write_config
 from model.huggingface_files import CONFIG, INDEX, WEIGHTS, Stored, open_tensors, read_json, some
 from model.huggingface_layouts import (
     HEAD,
+    SCORE,
     Layout,
     Tensor,
+    expected_tensors,
     full_key,
     layer_keys,
-    parameter_shapes,
     stored_shapes,
 )
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+CLASSIFIER = "ForSequenceClassification"
+"""How transformers ends the name of a model with a head of classes in place of that of tokens."""
+_HEADED = "LMHeadModel|ForCausalLM"
 
 _STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' words
 _COMPARED_ROWS = 4096  # of an embedding at a time: some 10 MB at the usual widths
 
 
 def load(
-    directory: str | os.PathLike[str], *, dtype: DType = "float32"
+    directory: str | os.PathLike[str], *, dtype: DType = "float32", classes: int | None = None
 ) -> tuple[TransformerConfig, dict[str, Any]]:
     """Reads a GPT-2 or Llama model from a folder in the format of transformers.
 
@@ -55,6 +60,8 @@ def load(
     Args:
       directory: the folder.
       dtype: what the parameters are returned as, and `parameter_dtype` of the config.
+      classes: outputs of the head of a classifier, which is then read as `score/kernel`, [D, C];
+        see `model.huggingface_classifier`.
 
     Returns:
       The config and the parameters, `model.apply({"params": params}, tokens)` with
@@ -90,9 +97,15 @@ def load(
             layout, config = read_config(fields)
         except ValueError as error:
             raise ValueError(f"{directory / CONFIG}: {error}") from error
-        shapes = parameter_shapes(config)
-        tensors = [t for t in layout.tensors if t.paths[0] in shapes]
         stored = _without_prefix(stored, layout, directory)
+        if classes is None and SCORE.key in stored:
+            raise ValueError(
+                f"{directory} holds a classifier ({SCORE.key}); open it as one, with "
+                "model.huggingface_classifier, or make a run of it with experiments.convert --hf"
+            )
+        if classes is not None and HEAD not in stored:
+            config = dataclasses.replace(config, tied_head=True)  # no other is there
+        shapes, tensors = expected_tensors(layout, config, classes)
         if config.tied_head:
             stored = _without_tied_head(stored, layout, directory)
         _check_stored(stored, tensors, shapes, layout, directory)
@@ -111,6 +124,7 @@ def save(
     dtype: DType | None = None,
     max_shard_bytes: int = 5 * 10**9,
     extra: Mapping[str, Any] | None = None,
+    classes: int | None = None,
 ) -> None:
     """Writes a model as a folder that `AutoModelForCausalLM.from_pretrained` reads.
 
@@ -128,6 +142,7 @@ def save(
         unless a single tensor is. The default bounds the memory that saving takes.
       extra: more entries of `config.json`, such as `eos_token_id`; `bos_token_id` and
         `eos_token_id` are null if not given, since a model does not know them.
+      classes: outputs of a classifier's head among the parameters, as in `load`.
 
     Raises:
       ValueError: if no format holds the config (the fields in the way are named), the parameters
@@ -142,15 +157,16 @@ def save(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
     fields |= {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5 and 4
+    if classes is not None:
+        fields["architectures"] = [re.sub(_HEADED, CLASSIFIER, layout.architecture)]
     if taken := sorted(set(fields) & set(extra or {})):
         raise ValueError(f"the config decides {', '.join(taken)}; leave them out of extra")
     fields |= {"bos_token_id": None, "eos_token_id": None, **(extra or {})}
     text = json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
-    shapes = parameter_shapes(config)
+    shapes, tensors = expected_tensors(layout, config, classes)
     leaves = _leaves(params)
     _check_params(leaves, shapes)
-    tensors = [t for t in layout.tensors if t.paths[0] in shapes]
     _check_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     name = f".{directory.resolve().name}.{secrets.token_hex(8)}.tmp"

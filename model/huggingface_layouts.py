@@ -92,6 +92,8 @@ class Layout(NamedTuple):
 
 
 HEAD = "lm_head.weight"
+SCORE = Tensor("score.weight", ("score/kernel",), transposed=True)
+"""The head of a classifier, of any layout; [C, D] as theirs, [D, C] as ours."""
 
 _COMMON_CONSTANTS = (
     Constant("quantization_config", (None,)),
@@ -236,6 +238,24 @@ def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
+def expected_tensors(
+    layout: Layout, config: TransformerConfig, classes: int | None = None
+) -> tuple[dict[str, tuple[int, ...]], list[Tensor]]:
+    """Shapes of our parameters by path, and the tensors that hold them.
+
+    Args:
+      layout: of the files.
+      config: of the model.
+      classes: outputs of a classifier's head, if there is one.
+    """
+    shapes = parameter_shapes(config)
+    tensors = [tensor for tensor in layout.tensors if tensor.paths[0] in shapes]
+    if classes is not None:
+        shapes[SCORE.paths[0]] = (config.width, classes)
+        tensors.append(SCORE)
+    return shapes, tensors
+
+
 def layer_keys(
     tensor: Tensor, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[int | None, str]]:
@@ -260,5 +280,5 @@ def stored_shapes(
 
 
 def full_key(key: str, layout: Layout) -> str:
-    """The key as it is written: all but the head belong to the base model."""
-    return key if key == HEAD else layout.prefix + key
+    """The key as it is written: all but the heads belong to the base model."""
+    return key if key in (HEAD, SCORE.key) else layout.prefix + key

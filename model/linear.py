@@ -6,12 +6,15 @@ and its logical `shape`: quantized, low-rank and adapted weights fit without a c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from model import lookup
 
 Weight = Any
 Initializer = Callable[..., jax.Array]
@@ -55,6 +58,39 @@ def cpu_forms(platform: str | None = None) -> bool:
     here = jax.default_backend() == "cpu" and jax.device_count() == 1
     # A mesh that does not say where it is, is not known to be here.
     return here and (mesh.empty or getattr(mesh.abstract_device, "platform", None) == "cpu")
+
+
+def gpu_forms(platform: str | None = None) -> bool:
+    """Whether to compute in the forms that need a GPU of NVIDIA with its cuDNN.
+
+    Whether cuDNN is there can only be known on the machine itself: a program that is made elsewhere
+    to be carried to a GPU has the forms that run on any.
+
+    Args:
+      platform: what the program is for ("cpu", "gpu", "tpu"); by default that of the mesh it is
+        traced under, or the backend.
+
+    >>> gpu_forms("tpu")
+    False
+    """
+    if platform not in (None, "gpu", "cuda") or jax.default_backend() != "gpu":
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    there = mesh.empty or getattr(mesh.abstract_device, "platform", None) == "gpu"
+    return there and _cuda_version() >= OLDEST_CUDA_DEVICE
+
+
+GPU_LOOKUP: lookup.Form = "blocks"
+OLDEST_CUDA_DEVICE = (8, 0)  # compute capability from which cuDNN has a fused attention
+
+
+@functools.cache
+def _cuda_version() -> tuple[int, ...]:
+    """The compute capability of the first device; (0,) where it is none of CUDA's."""
+    device = jax.devices()[0]
+    if "cuda" not in getattr(device.client, "platform_version", "").lower():
+        return (0,)
+    return tuple(int(part) for part in str(device.compute_capability).split("."))
 
 
 def linear(x: jax.Array, w: Weight, platform: str | None = None) -> jax.Array:
@@ -103,16 +139,34 @@ def real(x: jax.Array) -> jax.Array:
     return jax.lax.cond(x.reshape(-1)[0] > 0, lambda x: x, lambda x: x + 0, x)
 
 
-def take(w: Weight, ids: jax.Array, dtype) -> jax.Array:
+def take(w: Weight, ids: jax.Array, dtype, gradient: lookup.Form | None = None) -> jax.Array:
     """Returns the rows `ids` of a table of logical shape [rows, width], in `dtype`.
 
     An id outside the table gives NaN, so that a wrong vocabulary shows at once.
 
+    Args:
+      w: the table.
+      ids: int32, of any shape.
+      dtype: of what is returned.
+      gradient: how the gradient of the table is made, see `model.lookup`; by default as JAX makes
+        it, and on one GPU by `GPU_LOOKUP`.
+
     >>> take(jnp.arange(6.0).reshape(3, 2), jnp.array([2]), jnp.float32).tolist()
     [[4.0, 5.0]]
     """
-    rows = jnp.take(w, ids, axis=0, mode="fill") if isinstance(w, jax.Array) else w.take(ids)
-    return rows.astype(dtype)
+    if not isinstance(w, jax.Array):
+        return w.take(ids).astype(dtype)
+    if gradient is None and gpu_forms() and _on_one_device():
+        gradient = GPU_LOOKUP
+    if gradient is None:
+        return jnp.take(w, ids, axis=0, mode="fill").astype(dtype)
+    return lookup.lookup(w, ids, dtype, gradient)
+
+
+def _on_one_device() -> bool:
+    """Elsewhere, what sorts tokens would first gather them, or its gradient ask to be summed."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size <= 1 and not mesh.manual_axes
 
 
 class Linear(nn.Module):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from model.config import TransformerConfig
+from model.config import EncoderDecoderConfig, TransformerConfig
 
 
 def gpt2(**overrides: Any) -> TransformerConfig:
@@ -126,6 +126,56 @@ def modern_tiny(**overrides: Any) -> TransformerConfig:
     )
 
 
+def encoder_decoder(**overrides: Any) -> EncoderDecoderConfig:
+    """The base Transformer of Vaswani et al. 2017, with the parts of `modern`.
+
+    Rotary positions, RMSNorm before each branch, no biases, squared ReLU, QK-norm and output
+    projections that start at zero; one table for source, target and head.
+
+    >>> encoder_decoder(layers=3, encoder_layers=3, width=256, heads=4).encoder_layers
+    3
+    """
+    parts: dict[str, Any] = {
+        "vocabulary_size": 32_000,
+        "max_length": 512,
+        "layers": 6,
+        "encoder_layers": 6,
+        "width": 512,
+        "heads": 8,
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "biases": False,
+        "activation": "relu_squared",
+        "qk_norm": True,
+        "zero_init_projections": True,
+        "dropout": 0.1,
+    }
+    return EncoderDecoderConfig(**parts | overrides)
+
+
+def encoder_decoder_mini(**overrides: Any) -> EncoderDecoderConfig:
+    """An encoder-decoder for a laptop: 3 + 3 layers, width 256."""
+    return encoder_decoder(
+        **{"layers": 3, "encoder_layers": 3, "width": 256, "heads": 4, "max_length": 256}
+        | overrides
+    )
+
+
+def encoder_decoder_tiny(**overrides: Any) -> EncoderDecoderConfig:
+    """An encoder-decoder for tests: 2 + 2 layers, width 32."""
+    return encoder_decoder(
+        **{
+            "vocabulary_size": 64,
+            "max_length": 32,
+            "layers": 2,
+            "encoder_layers": 2,
+            "width": 32,
+            "heads": 4,
+        }
+        | overrides
+    )
+
+
 PRESETS: dict[str, Callable[..., TransformerConfig]] = {
     preset.__name__: preset
     for preset in (
@@ -141,6 +191,9 @@ PRESETS: dict[str, Callable[..., TransformerConfig]] = {
         modern,
         modern_mini,
         modern_tiny,
+        encoder_decoder,
+        encoder_decoder_mini,
+        encoder_decoder_tiny,
     )
 }
 
@@ -157,7 +210,8 @@ def preset(name: str, **overrides: Any) -> TransformerConfig:
     Traceback (most recent call last):
     ...
     ValueError: no model preset is called 'gpt3'; there are gpt2, gpt2_medium, gpt2_large, \
-gpt2_xl, distilgpt2, gpt2_mini, gpt2_tiny, llama, llama_tiny, modern, modern_mini, modern_tiny
+gpt2_xl, distilgpt2, gpt2_mini, gpt2_tiny, llama, llama_tiny, modern, modern_mini, modern_tiny, \
+encoder_decoder, encoder_decoder_mini, encoder_decoder_tiny
     """
     if name not in PRESETS:
         raise ValueError(f"no model preset is called {name!r}; there are {', '.join(PRESETS)}")

@@ -4,8 +4,9 @@ One implementation for everything that is chosen by parameter: placement, freezi
 weight decay, pruning, quantization.
 
 **Paths** are the keys from the root joined with ``/``. All blocks are stacked: what lies under the
-top-level key ``blocks`` has a leading layer axis, and a rule sees it once per layer, as the virtual
-paths ``blocks/0/attention/q/kernel``, ``blocks/1/attention/q/kernel``, ...
+top-level key ``blocks`` (``encoder/blocks`` and ``decoder/blocks`` where there are both) has a
+leading layer axis, and a rule sees it once per layer, as the virtual paths
+``blocks/0/attention/q/kernel``, ``blocks/1/attention/q/kernel``, ...
 
 **A regex matches whole path components**, anywhere in the path (``re.search`` with both ends at a
 ``/`` or at an end of the path). So ``kernel`` finds every kernel but no ``kernel_scale``,
@@ -30,7 +31,8 @@ from typing import Any
 import jax
 
 STACK = "blocks"
-"""Top-level key whose leaves carry a leading layer axis."""
+"""Key whose leaves carry a leading layer axis, at the top or under `encoder` or `decoder`."""
+_STACKED = re.compile(rf"(?:encoder/|decoder/)?{STACK}(?=/|$)")
 
 Rules = Sequence[tuple[str, Any]]
 IsLeaf = Callable[[Any], bool]
@@ -55,10 +57,10 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 def is_stacked(path: str) -> bool:
     """Whether the leaf at this path carries a leading layer axis.
 
-    >>> is_stacked("blocks/attention/q/kernel"), is_stacked("head/kernel")
+    >>> is_stacked("decoder/blocks/attention/q/kernel"), is_stacked("head/kernel")
     (True, False)
     """
-    return path.split("/", 1)[0] == STACK
+    return _STACKED.match(path) is not None
 
 
 def leaf_paths(tree: Any, is_leaf: IsLeaf | None = None) -> list[str]:
@@ -206,9 +208,11 @@ def _hits(pattern: re.Pattern[str], path: str, layers: int | None) -> tuple[bool
     """Whether the pattern matches, for each layer (a single entry outside the stack)."""
     if layers is None:
         return (pattern.search(path) is not None,)
-    rest = path[len(STACK) :]
-    hits = tuple(pattern.search(f"{STACK}/{i}{rest}") is not None for i in range(layers))
-    virtual = pattern.search(f"{STACK}/{_ANY_LAYER}{rest}") is not None
+    found = _STACKED.match(path)
+    assert found is not None
+    stack, rest = path[: found.end()], path[found.end() :]
+    hits = tuple(pattern.search(f"{stack}/{i}{rest}") is not None for i in range(layers))
+    virtual = pattern.search(f"{stack}/{_ANY_LAYER}{rest}") is not None
     if layers == 0:
         return (virtual or pattern.search(path) is not None,)
     if any(hits) or virtual:

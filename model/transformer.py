@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -28,9 +28,12 @@ from model.block import (
 from model.cache import Cache
 from model.config import TransformerConfig
 from model.drop import RunBlock, sometimes, survival, thinned
-from model.linear import at_least_float32, linear, take, weight
+from model.head import logits_from
+from model.linear import take, weight
+from model.lookup import Form
 from model.positions import rotation
 from model.shortcuts import Beside, ValueTable, beside_of, unit_rms
+from model.stack import ends_whole, over_layers, remat
 
 CAPTURES = ("hidden", "attention")
 Stage = Callable[[Any, Any], Any]
@@ -53,6 +56,20 @@ class Features(NamedTuple):
     cache: Cache | None = None
 
 
+class Model(Protocol):
+    """What the rest of the code asks of a model: see `Transformer`, `EncoderDecoder`."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Shape and parts."""
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Draws the variables."""
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs a method of the model on variables."""
+
+
 class Transformer(nn.Module):
     """A decoder-only language model.
 
@@ -65,6 +82,8 @@ class Transformer(nn.Module):
         activations through it.
       pipeline: how the stack is run, or None for layer after layer: gets the function that runs
         some layers on some rows, and returns the one that runs all layers on all rows.
+      lookup: how the gradients of the embeddings are made, see `model.lookup`; None for what suits
+        the platform.
 
     >>> from model.presets import gpt2_tiny
     >>> model = Transformer(gpt2_tiny())
@@ -80,6 +99,7 @@ class Transformer(nn.Module):
     attention: Attention = dot_product_attention
     constrain: Constrain = no_constraint
     pipeline: Callable[[Stage], Stage] | None = None
+    lookup: Form | None = None
 
     def setup(self):
         c = self.config
@@ -116,6 +136,7 @@ class Transformer(nn.Module):
         segments_BT: jax.Array | None = None,
         cache: Cache | None = None,
         capture: Sequence[str] = (),
+        prefix: jax.Array | None = None,
     ) -> Features:
         """Runs everything but the head.
 
@@ -126,15 +147,19 @@ class Transformer(nn.Module):
           segments_BT: int32 document of each token; tokens see their own document only.
           cache: from `model.cache.init_cache` or an earlier call; the tokens follow what it holds.
           capture: any of "hidden", "attention".
+          prefix: int32 [B], tokens at the start of each row that see each other, and are seen by
+            all: a prefix LM (Raffel et al. 2020, arXiv:1910.10683). Or int32 [B, T], 1 for the
+            tokens of prefixes, each seen in its own segment. With a cache, a prefix has to go in
+            with one call.
 
         Raises:
           ValueError: if the row is longer than the learned positions, a name in `capture` is
-            unknown, segments are given together with a cache, or a pipeline is asked for a cache or
-            captures.
+            unknown, segments are given together with a cache, tokens of a prefix would pass by
+            blocks, or a pipeline is asked for a cache or captures.
         """
         c = self.config
         B, T = tokens_BT.shape
-        self._check(T, segments_BT, cache, capture)
+        self._check(T, segments_BT, cache, capture, prefix)
         first_B = None if cache is None else cache["length"]
         counted = positions_BT is not None or cache is not None  # else from 0, the same in all rows
         if positions_BT is None:
@@ -142,9 +167,9 @@ class Transformer(nn.Module):
             if first_B is not None:
                 positions_BT = positions_BT + first_B[:, None]
         dtype = jnp.dtype(c.dtype)
-        x_BTD = take(self.token_embedding(), tokens_BT, dtype)
+        x_BTD = take(self.token_embedding(), tokens_BT, dtype, self.lookup)
         if c.positions == "learned":
-            x_BTD = x_BTD + take(self.position_embedding(), positions_BT, dtype)
+            x_BTD = x_BTD + take(self.position_embedding(), positions_BT, dtype, self.lookup)
         if c.embedding_norm:
             x_BTD = unit_rms(x_BTD, c.norm_epsilon)
         drops = c.random and self.has_rng("dropout")
@@ -166,7 +191,8 @@ class Transformer(nn.Module):
             layers |= {"gate": gate_LCG, "table": table_L, "share": share_L}
 
         def run(layers: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
-            beside = {name: rows[name] for name in ("segments", "start", "values") if name in rows}
+            names = ("segments", "start", "values", "prefix")
+            beside = {name: rows[name] for name in names if name in rows}
             if c.positions == "rotary":
                 places_BT = rows.get("positions", jnp.arange(T)[None])
                 beside["turn"] = rotation(places_BT, c.head_width_, c.rotary_base)
@@ -177,7 +203,8 @@ class Transformer(nn.Module):
                 key = layer["key"]
 
                 def run_block(x_BTD: jax.Array, beside: Any) -> tuple[jax.Array, BlockOutput]:
-                    visibility = Visibility(first_B, beside.get("segments"), window)
+                    seen = (first_B, beside.get("segments"), window, beside.get("prefix"))
+                    visibility = Visibility(*seen)
                     more = beside_of(layer, beside)
                     turn, rngs = beside.get("turn"), {} if key is None else {"dropout": key}
                     args = (x_BTD, visibility, turn, layer["cache"], more)
@@ -198,12 +225,12 @@ class Transformer(nn.Module):
                 }
                 return y_BTD, saved
 
-            over_layers = _scan if c.scan_layers else _loop
-            whole = _remat(body, c)
+            run_layers = over_layers(c)
+            whole = remat(body, c)
             if not (c.token_drop and drops):
-                return over_layers(whole, rows["stream"], layers)
-            thin = _remat(functools.partial(body, token_drop=c.token_drop), c)
-            return _ends_whole(over_layers, whole, thin, rows["stream"], layers)
+                return run_layers(whole, rows["stream"], layers)
+            thin = remat(functools.partial(body, token_drop=c.token_drop), c)
+            return ends_whole(run_layers, whole, thin, rows["stream"], layers)
 
         # What blocks need of each row goes with it.
         rows = {"stream": x_BTD}
@@ -211,6 +238,8 @@ class Transformer(nn.Module):
             rows["positions"] = jnp.broadcast_to(positions_BT, (B, T))
         if segments_BT is not None:
             rows["segments"] = segments_BT
+        if prefix is not None:
+            rows["prefix"] = prefix if prefix.ndim == 1 else prefix != 0
         if c.embedding_shortcut is not None:
             rows["start"] = unit_rms(x_BTD, c.norm_epsilon)
         if c.value_embeddings:
@@ -228,17 +257,14 @@ class Transformer(nn.Module):
         final_BTD = self.constrain(self.final_norm(y_BTD), ("batch", "branch", "width"))
         return Features(final_BTD, hidden, saved["attention"], cache)
 
-    def head(self, final_ND: jax.Array) -> jax.Array:
-        """Returns logits [N, V], at least float32, for normalised features [N, D]."""
-        c = self.config
-        kernel_DV = self.token_embedding().T if c.tied_head else self.head_table()
-        logits_NV = linear(final_ND, kernel_DV)
-        logits_NV = logits_NV.astype(at_least_float32(logits_NV.dtype))
-        if c.logit_softcap is not None:
-            logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
-        return logits_NV[:, : c.vocabulary_size]  # a padded table has rows that stand for no token
+    def head(self, final_ND: jax.Array, padded: bool = False) -> jax.Array:
+        """Returns logits [N, V] of normalised features [N, D]; see `model.head.logits_from`."""
+        kernel_DV = self.token_embedding().T if self.config.tied_head else self.head_table()
+        return logits_from(self.config, kernel_DV, final_ND, padded)
 
-    def _check(self, T: int, segments_BT, cache: Cache | None, capture: Sequence[str]) -> None:
+    def _check(
+        self, T: int, segments_BT, cache: Cache | None, capture: Sequence[str], prefix
+    ) -> None:
         c = self.config
         if c.positions == "learned" and T > c.max_length:
             raise ValueError(
@@ -249,6 +275,13 @@ class Transformer(nn.Module):
             raise ValueError(f"cannot capture {unknown}; choose from {', '.join(CAPTURES)}")
         if cache is not None and segments_BT is not None:
             raise ValueError("segments and a cache do not go together: decode one document a row")
+        if prefix is not None and prefix.ndim > 1 and cache is not None:
+            raise ValueError("with a cache, give the prefix as the number of tokens, int32 [B]")
+        if prefix is not None and c.token_drop and self.has_rng("dropout"):
+            raise ValueError(
+                "token_drop takes tokens out of rows whose prefix is counted; train a prefix LM "
+                "without it"
+            )
         if c.token_drop and self.has_rng("dropout") and (c.layers < 3 or c.window is not None):
             raise ValueError(
                 f"token_drop leaves the first and the last block whole and its rows have gaps, "
@@ -269,7 +302,7 @@ class Transformer(nn.Module):
 
 
 def features(
-    model: Transformer,
+    model: Model,
     params: Any,
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
@@ -278,16 +311,21 @@ def features(
     cache: Cache | None = None,
     capture: Sequence[str] = (),
     dropout_key: jax.Array | None = None,
+    **more: jax.Array,
 ) -> Features:
-    """`Transformer.features` as a plain function; dropout is on where a key is given."""
+    """`Transformer.features` as a plain function; dropout is on where a key is given.
+
+    What else goes by name is what this model alone takes: a prefix, a source.
+    """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     args = (tokens_BT, positions_BT, segments_BT, cache, tuple(capture))
-    return cast(Features, model.apply({"params": params}, *args, rngs=rngs, method="features"))
+    made = model.apply({"params": params}, *args, rngs=rngs, method="features", **more)
+    return cast(Features, made)
 
 
-def head(model: Transformer, params: Any, final_ND: jax.Array) -> jax.Array:
+def head(model: Model, params: Any, final_ND: jax.Array, padded: bool = False) -> jax.Array:
     """`Transformer.head` as a plain function: logits [N, V] of features [N, D]."""
-    return cast(jax.Array, model.apply({"params": params}, final_ND, method="head"))
+    return cast(jax.Array, model.apply({"params": params}, final_ND, padded, method="head"))
 
 
 class Table(nn.Module):
@@ -318,53 +356,3 @@ def _init_blocks(config: TransformerConfig) -> Callable[..., Any]:
         return jax.vmap(lambda k: block.init(k, *args)["params"])(keys)
 
     return init
-
-
-def _scan(body, x, layers):
-    return jax.lax.scan(body, x, layers)
-
-
-def _loop(body, x, layers):
-    """Like `lax.scan`, as a Python loop.
-
-    Leaves are split, not indexed: the gradient of a split is one concatenation, that of indexing
-    L leaf-sized additions.
-    """
-    leaves, structure = jax.tree.flatten(layers)
-    length = leaves[0].shape[0]
-    rows = zip(*(_unstack(leaf, length) for leaf in leaves), strict=True)
-    saved = []
-    for row in rows:
-        x, out = body(x, jax.tree.unflatten(structure, row))
-        saved.append(out)
-    return x, jax.tree.map(lambda *each: jnp.stack(each), *saved)
-
-
-def _ends_whole(over_layers, whole, thin, x, layers):
-    """The first and the last layer by `whole`, all between by `thin`; saved as one stack."""
-    length = jax.tree.leaves(layers)[0].shape[0]
-    saved = []
-    for body, first, last in ((whole, 0, 1), (thin, 1, length - 1), (whole, length - 1, length)):
-        x, out = over_layers(body, x, jax.tree.map(lambda a: a[first:last], layers))  # noqa: B023
-        saved.append(out)
-    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *saved)
-
-
-def _unstack(leaf: Any, length: int) -> list[Any]:
-    if isinstance(leaf, np.ndarray):
-        return list(leaf)
-    # Keys cannot be split, and have no gradient.
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return [leaf[i] for i in range(length)]
-    return [part.squeeze(0) for part in jax.lax.split(leaf, [1] * length)]
-
-
-def _remat(body, config: TransformerConfig):
-    if config.remat == "none":
-        return body
-    policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
-    # Inside a scan the loop already keeps XLA from merging the recomputation away.
-    return jax.checkpoint(body, policy=policies[config.remat], prevent_cse=not config.scan_layers)

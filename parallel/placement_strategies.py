@@ -83,9 +83,9 @@ def tensor(params: PyTree, axis: str = "tensor") -> Strategy:
     [('head/kernel', P(None, 'tensor'))]
     """
     rules = [
-        (r"blocks/attention/(q|k|v)/kernel", P(None, None, axis)),
-        (r"blocks/attention/(q|k|v)/bias", P(None, axis)),
-        (r"blocks/attention/o/kernel", P(None, axis, None)),
+        (r"blocks/(cross_)?attention/(q|k|v)/kernel", P(None, None, axis)),
+        (r"blocks/(cross_)?attention/(q|k|v)/bias", P(None, axis)),
+        (r"blocks/(cross_)?attention/o/kernel", P(None, axis, None)),
         (r"blocks/mlp/(up|gate)/kernel", P(None, None, axis)),
         (r"blocks/mlp/(up|gate)/bias", P(None, axis)),
         (r"blocks/mlp/down/kernel", P(None, axis, None)),
@@ -162,10 +162,10 @@ def present(rules: Rules, params: PyTree) -> list[tuple[str, Any]]:
 def _along_width(axis: str) -> list[tuple[str, Any]]:
     """Rules that divide the matrices, but for the token embedding, along the residual width D."""
     return [
-        (r"blocks/attention/(q|k|v)/kernel", P(None, axis)),
-        (r"blocks/attention/o/kernel", P(None, None, axis)),
+        (r"blocks/(cross_)?attention/(q|k|v)/kernel", P(None, axis)),
+        (r"blocks/(cross_)?attention/o/kernel", P(None, None, axis)),
         (r"blocks/mlp/(up|gate)/kernel", P(None, axis)),
         (r"blocks/mlp/down/kernel", P(None, None, axis)),
-        (r"position_embedding/embedding", P(None, axis)),
+        (r"(position|source)_embedding/embedding", P(None, axis)),
         (r"head/kernel", P(axis)),
     ]

@@ -87,6 +87,11 @@ def ring_attention(axis: str = "context", *, tile: int = 512) -> Attention:
             )
         if visibility.first is not None:
             raise ValueError("ring attention has no cache; decode with dot_product_attention")
+        if visibility.prefix is not None:
+            raise ValueError(
+                "ring attention is causal, without a prefix that all queries see; use a mesh "
+                "without the axis context"
+            )
         T, S = q_BTHK.shape[1], k_BSGK.shape[1]
         if T != S:
             raise ValueError(f"ring attention needs a key for each of the {T} queries, not {S}")

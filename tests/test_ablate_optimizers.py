@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments.ablate import optimizers, transfer
+from experiments.ablate import optimizers
+from experiments.ablate import rates as topic
 from experiments.ablate.gathered import Gathered, Results
 from experiments.ablate.optimizers import CLASSIC, COSTS, MISSION, NAMES, cells, trials
 from experiments.ablate.tables import Request, complete
@@ -168,31 +169,31 @@ def test_the_best_rate_is_read_off_a_parabola():
     rates = [2.0**n for n in range(-9, -3)]
     for true in (0.006, 0.011):
         losses = {rate: (math.log(rate) - math.log(true)) ** 2 for rate in rates}
-        assert transfer.best_rate(losses) == pytest.approx(true)
-    assert transfer.best_rate({0.1: math.nan, 0.2: 1.0, 0.4: 2.0}) == 0.2
-    assert math.isnan(transfer.best_rate({0.1: math.nan}))
+        assert topic.best_rate(losses) == pytest.approx(true)
+    assert topic.best_rate({0.1: math.nan, 0.2: 1.0, 0.4: 2.0}) == 0.2
+    assert math.isnan(topic.best_rate({0.1: math.nan}))
 
 
 def test_ways_differ_in_mup_alone_and_agree_at_the_base_width():
-    by_way = {way: transfer.settings_at(64, 0.01, way, 0) for way in transfer.WAYS}
+    by_way = {way: topic.settings_at(64, 0.01, way, 0) for way in topic.WAYS}
     assert dataclasses.replace(by_way["muP"], mup=None) == by_way["standard"]
-    assert by_way["muP"].mup.base_width == transfer.WIDTHS[0] == 32
+    assert by_way["muP"].mup.base_width == topic.WIDTHS[0] == 32
 
 
 def test_the_table_of_widths_says_how_far_the_best_rate_wanders():
     found = {}
     for way, factor in (("standard", 4.0), ("muP", 1.0)):
-        for number, width in enumerate(transfer.WIDTHS):
+        for number, width in enumerate(topic.WIDTHS):
             best = 0.03 / factor ** (number / 3)
-            for rate in transfer.RATES:
+            for rate in topic.RATES:
                 loss = 2 + math.log(rate / best) ** 2
                 found[f"{way}, width {width}, rate {rate:.4g}"] = {0: {"loss": loss}}
     results = Results(found)
-    lines = transfer.render(results)
+    lines = topic.render(results)
     assert any(re.match(r"\| standard \| 4\.00x", line) for line in lines)
     assert any(re.match(r"\| muP \| 1\.00x", line) for line in lines)
-    assert transfer.picture(results) is not None
-    assert len({cell.key for cell in transfer.cells(Request(seeds=2))}) == 2 * 2 * 4 * 8
+    assert topic.picture(results) is not None
+    assert len({cell.key for cell in topic.cells(Request(seeds=2))}) == 2 * 2 * 4 * 8
 
 
 @pytest.mark.slow
@@ -201,7 +202,7 @@ def test_both_topics_run_at_tiny_size(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     draw = np.random.default_rng(0)
     text.write_text("".join(chr(97 + c) for c in draw.integers(0, 6, 20_000)))
-    for module in (optimizers, transfer):
+    for module in (optimizers, topic):
         monkeypatch.setattr(module, "DATA", (str(text),))
         monkeypatch.setattr(module, "TOKENIZER", "bytes")
         monkeypatch.setattr(module, "STEPS", 12)
@@ -211,9 +212,9 @@ def test_both_topics_run_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizers, "VOCABULARY", 257)
     monkeypatch.setattr(optimizers, "NAMES", (CLASSIC, "adamw"))
     monkeypatch.setattr(optimizers, "MODEL", modern_tiny(layers=1, max_length=16))
-    monkeypatch.setattr(transfer, "WIDTHS", (16, 32))
-    monkeypatch.setattr(transfer, "RATES", (0.01, 0.1))
-    for module in (optimizers, transfer):
+    monkeypatch.setattr(topic, "WIDTHS", (16, 32))
+    monkeypatch.setattr(topic, "RATES", (0.01, 0.1))
+    for module in (optimizers, topic):
         gathered = Gathered({})
         complete(module.TABLES, Request(tmp_path / "cells", seeds=1), gathered)
         for table in module.TABLES:
@@ -224,6 +225,6 @@ def test_both_topics_run_at_tiny_size(tmp_path, monkeypatch):
                 table.picture(results).savefig(tmp_path / "picture.png")
     losses = gathered.results("widths").by_name
     for rate in ("0.01", "0.1"):  # at the base width both ways are one run
-        same = [losses[f"{way}, width 16, rate {rate}"][0]["loss"] for way in transfer.WAYS]
+        same = [losses[f"{way}, width 16, rate {rate}"][0]["loss"] for way in topic.WAYS]
         assert same[0] == same[1]
-    assert isinstance(transfer.cells(Request())[0], Cell)
+    assert isinstance(topic.cells(Request())[0], Cell)

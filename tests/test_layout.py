@@ -31,6 +31,14 @@ HEAVY = (
     "onnx",
     "onnxruntime",
     "ray",
+    "sklearn",
+    "sacrebleu",
+    "dp_accounting",
+    "datasketch",
+    "py3langid",
+    "bm25s",
+    "lm_eval",
+    "datasets",
 )
 
 

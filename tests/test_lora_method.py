@@ -11,11 +11,13 @@ import pytest
 from compress.lora import adapted_paths, merged
 from compress.quantize import is_qtensor
 from experiments.adapters import Adapters, adapted_run, load_adapter, run_command, save_adapter
-from experiments.assemble import assemble, initial_params
+from experiments.assemble import abstract_whole, assemble, initial_params
+from experiments.compress_methods import FakeQuantize
 from experiments.convert import to_huggingface
 from experiments.execute import Execution, execute
 from experiments.lora_method import Lora
 from experiments.methods import METHODS
+from experiments.prompt_methods import Prefix
 from experiments.run import open_run
 from model.huggingface import load as load_huggingface
 from model.presets import gpt2_tiny
@@ -186,6 +188,9 @@ def test_an_adapter_for_another_base_is_refused(home, tmp_path):
         adapted_run(tmp_path / "small", None, [str(tmp_path / "adapter")])
     with pytest.raises(ValueError, match="no adapter"):
         save_adapter(home / "base", tmp_path / "none")
+    both = run_of(home, "rounded", Lora(rank=2, form="merged"), FakeQuantize("int8"))
+    with pytest.raises(ValueError, match="trained with fake_quantize as well"):
+        save_adapter(both, tmp_path / "none")
     (tmp_path / "adapter" / "adapter.safetensors").write_bytes(b"{")
     with pytest.raises(ValueError, match="damaged"):
         load_adapter(tmp_path / "adapter")
@@ -207,6 +212,17 @@ def test_an_adapter_for_another_base_is_refused(home, tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path, method, words):
     with pytest.raises(ValueError, match=words):
         assemble(settings_of(tmp_path, method()), gpt2_tiny())
+
+
+def test_lora_comes_before_what_freezes_the_model(tmp_path):
+    with pytest.raises(ValueError, match="give lora first"):
+        assemble(settings_of(tmp_path, Prefix(length=2), Lora(rank=2)), gpt2_tiny())
+    both = settings_of(tmp_path, Prefix(length=2, also=(".*",)), Lora(rank=2))
+    trained, _ = jax.eval_shape(
+        assemble(both, gpt2_tiny()).plugs.split, abstract_whole(both, gpt2_tiny())
+    )
+    assert set(trained["blocks"]["attention"]["prefix"]) == {"k", "v"}
+    assert set(trained["blocks"]["attention"]["q"]) == {"lora"}
 
 
 def test_settings_survive_json(tmp_path):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.execute import _dataset, execute
+from experiments.execute import execute
+from experiments.feeds import text_dataset
 from experiments.phases import grown_config, parse_phases
 from experiments.prepare import open_data
 from experiments.run import open_run, phase_at
@@ -113,7 +114,7 @@ def test_every_token_once_through_warmups(text, tmp_path):  # noqa: F811
 
     def tokens(settings):
         found = [
-            _dataset(settings, corpora, settings.phases[phase_at(settings, step)[0]])[step]
+            text_dataset(settings, corpora, settings.phases[phase_at(settings, step)[0]])[step]
             for step in range(settings.steps)
         ]
         return [np.concatenate([b[name].ravel() for b in found]) for name in ("tokens", "targets")]

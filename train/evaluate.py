@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from train.plugs import PyTree, State
 
@@ -56,3 +57,36 @@ def evaluate(
     if text_bytes:
         means["bits_per_byte"] = nats / math.log(2) / text_bytes
     return means
+
+
+def gather(
+    step: Callable[[State, PyTree, Any], dict[str, jax.Array]],
+    state: State,
+    frozen: PyTree,
+    batches: Iterable[dict[str, Any]],
+    count: int,
+) -> dict[str, np.ndarray]:
+    """Returns what comes out of each row, by name, in order.
+
+    Args:
+      step: compiled, from `train.step.make_output_step`.
+      state: with the parameters.
+      frozen: what does not train.
+      batches: of one shape.
+      count: rows that are no padding; those after them are left out.
+
+    Raises:
+      ValueError: there are fewer rows.
+    """
+    found: list[dict[str, np.ndarray]] = []
+    waiting: list[dict[str, jax.Array]] = []
+    for batch in batches:
+        if len(waiting) == 2:  # as in the loop: a bounded number in flight
+            found.append(jax.device_get(waiting.pop(0)))
+        waiting.append(step(state, frozen, batch))
+    found += jax.device_get(waiting)
+    rows = sum(len(next(iter(part.values()))) for part in found)
+    if rows < count:
+        raise ValueError(f"{count} rows were expected, and {rows} came out")
+    names = found[0] if found else {}
+    return {name: np.concatenate([part[name] for part in found])[:count] for name in names}

@@ -16,9 +16,9 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -43,6 +43,9 @@ class LoopSettings:
         end alone.
       checkpoint_every: steps between two checkpoints; one is always written at the end.
       target_loss: stop at the first evaluation at or under it.
+      watch: figure of the evaluations by which the best checkpoint is chosen, and `patience` goes:
+        least is best; with a minus before it, as in "-accuracy", greatest.
+      patience: stop when so many evaluations one after another have not been better than the best.
       profile: (first, last) step of a trace written to `profile/` of the run, counted as in the
         record: from 1.
     """
@@ -52,12 +55,15 @@ class LoopSettings:
     checkpoint_every: int = 500
     target_loss: float | None = None
     profile: tuple[int, int] | None = None
+    watch: str = "loss"
+    patience: int | None = None
 
     def __post_init__(self):
-        for name in ("log_every", "evaluate_every", "checkpoint_every"):
+        for name in ("log_every", "evaluate_every", "checkpoint_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1 step")
+                what = "evaluation" if name == "patience" else "step"
+                raise ValueError(f"{name} is {value}; it must be at least 1 {what}")
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
                 f"profile runs from step {self.profile[0]} to {self.profile[1]}; "
@@ -71,7 +77,7 @@ class Outcome:
 
     Attributes:
       state: the last state; that of the last good step after losses that were not finite.
-      reason: "finished", "target", "nonfinite" or "signal".
+      reason: "finished", "target", "patience", "nonfinite" or "signal".
       signal: its number, if one was caught in any process; if that was after the last step was
         dispatched, the reason is "finished" all the same.
       evaluation: the last evaluation, name -> mean.
@@ -79,10 +85,38 @@ class Outcome:
     """
 
     state: State
-    reason: Literal["finished", "target", "nonfinite", "signal"]
+    reason: Literal["finished", "target", "patience", "nonfinite", "signal"]
     signal: int | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def watched(evaluation: Mapping[str, Any], watch: str) -> float:
+    """Returns what is to be least of an evaluation; infinity for what is no number.
+
+    Raises:
+      ValueError: the evaluation has no such figure; those that it has are listed.
+
+    >>> watched({"accuracy": 0.75}, "-accuracy"), watched({"loss": "nan"}, "loss")
+    (-0.75, inf)
+    """
+    name = watch.removeprefix("-")
+    if name not in evaluation:
+        raise ValueError(f"the evaluation has no {name!r} to watch; it has {', '.join(evaluation)}")
+    value = float(evaluation[name])
+    value = -value if watch.startswith("-") else value
+    return math.inf if math.isnan(value) else value
+
+
+def out_of_patience(values: Sequence[float], patience: int | None) -> bool:
+    """Whether the last `patience` of the watched values are no better than the best before them.
+
+    >>> out_of_patience([3.0, 1.0, 2.0], 1), out_of_patience([3.0, 1.0, 2.0], 2)
+    (True, False)
+    """
+    if patience is None or not values:
+        return False
+    return len(values) - 1 - min(range(len(values)), key=values.__getitem__) >= patience
 
 
 class Reporter(Protocol):
@@ -124,6 +158,7 @@ def train(
     place: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]] = jax.device_put,
     trace_folder: str = "profile",
     reporter: Reporter = SILENT,
+    history: Sequence[float] = (),
 ) -> Outcome:
     """Runs the compiled `step` from `state.step` to `until`, or to a reason to stop.
 
@@ -136,7 +171,7 @@ def train(
       record: gets the rows.
       settings: see `LoopSettings`.
       evaluate: `state -> {name: mean}`, with "loss" among them.
-      save: `(step, state, loss, seconds) -> None`; may return while it still writes.
+      save: `(step, state, watched, seconds) -> None`; may return while it still writes.
       spent: seconds by kind of what the run did before (earlier phases, earlier starts).
       learning_rate: of every step of the run, for the record alone; numbers, since computing one
         on the device would wait for the newest step.
@@ -145,6 +180,7 @@ def train(
       place: puts a batch onto the devices.
       trace_folder: where `profile` goes.
       reporter: shows progress.
+      history: what was watched in the evaluations before, for `patience`.
     """
     clock, first = Clock(), int(state.step)
     clock.seconds |= spent or {}
@@ -157,6 +193,7 @@ def train(
     window = _Window(record, settings, learning_rate, flops_per_token, devices, reporter)
     outcome = Outcome(state, "finished", seconds=clock.seconds)
     evaluated, saved, healthy = -1, first, True
+    values = list(history)
     traced = range(settings.profile[0], settings.profile[1] + 1) if settings.profile else range(0)
 
     def drain(left: int) -> bool:
@@ -172,11 +209,11 @@ def train(
             healthy &= int(metrics["nonfinite_in_a_row"]) < max_nonfinite
         return healthy
 
-    def measure(number: int) -> bool:
-        """Evaluates; True if the target is reached."""
+    def measure(number: int) -> Literal["target", "patience"] | None:
+        """Evaluates; says so if that is a reason to stop."""
         nonlocal evaluated
         if evaluate is None or evaluated == number:
-            return False
+            return None
         evaluated = number
         with window.paused():
             with clock("evaluation"):
@@ -184,16 +221,17 @@ def train(
             loss, seconds = outcome.evaluation["loss"], before + clock.total()
             costs = {"seconds": seconds, "clock": dict(clock.seconds)}
             record.write("evaluation", number, {**outcome.evaluation, **costs})
-            perplexity = math.exp(min(loss, 700.0))
-            text = f"step {number:>6}  validation loss {loss:.4f}  perplexity {perplexity:.2f}"
-            reporter.say(text)
-        return settings.target_loss is not None and loss <= settings.target_loss
+            values.append(watched(outcome.evaluation, settings.watch))
+            reporter.say(f"step {number:>6}  {_figures(outcome.evaluation)}")
+        if settings.target_loss is not None and loss <= settings.target_loss:
+            return "target"
+        return "patience" if out_of_patience(values, settings.patience) else None
 
     def keep(number: int) -> None:
         nonlocal saved
         if save is not None and saved != number:
             with window.paused(), clock("checkpoint"):
-                loss = outcome.evaluation.get("loss") if evaluated == number else None
+                loss = values[-1] if evaluated == number else None
                 save(number, state, loss, dict(clock.seconds))
             saved = number
 
@@ -202,6 +240,8 @@ def train(
         def asked() -> int | None:
             return requested() if agree is None else agreed
 
+        if out_of_patience(values, settings.patience):  # stopped here before
+            outcome.reason, until = "patience", first
         source = iter(batches(first, until))
         for done in range(first + 1, until + 1):
             if not drain(IN_FLIGHT - 1):
@@ -231,8 +271,8 @@ def train(
             if settings.evaluate_every and done % settings.evaluate_every == 0 and done < until:
                 if not drain(0):
                     break
-                if measure(done):
-                    outcome.reason = "target"
+                if reason := measure(done):
+                    outcome.reason = reason
                     break
             if done % settings.checkpoint_every == 0 and done < until:
                 if not drain(0):
@@ -242,7 +282,7 @@ def train(
             outcome.reason = "nonfinite"
         trace.close()
         last = int(state.step)
-        if last > first and outcome.reason in ("finished", "target") and measure(last):
+        if last > first and outcome.reason in ("finished", "target") and measure(last) == "target":
             outcome.reason = "target"
         if last > first:
             keep(last)
@@ -250,6 +290,16 @@ def train(
         outcome.signal = requested() if agree is None else int(agree(requested() or 0)) or agreed
     outcome.state = state
     return outcome
+
+
+def _figures(evaluation: Mapping[str, float]) -> str:
+    """An evaluation in one line: a language model's by its perplexity, others in full."""
+    loss = evaluation["loss"]
+    text = f"validation loss {loss:.4f}"
+    if "cross_entropy" in evaluation:
+        return f"{text}  perplexity {math.exp(min(loss, 700.0)):.2f}"
+    others = (f"{name} {value:.4f}" for name, value in evaluation.items() if name != "loss")
+    return "  ".join([text, *others])
 
 
 def reset_nonfinite(state: State) -> State:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.transformer import Transformer, features, head
+from model.transformer import Model, features, head
 from train.plugs import (
     Batch,
     Context,
@@ -23,6 +23,9 @@ from train.plugs import (
     WeightTransform,
     merge,
 )
+
+MODEL_INPUTS = ("prefix", "source", "source_segments", "source_positions")
+"""Arrays of a batch that a model takes by name besides tokens, positions and segments."""
 
 
 def cross_entropy(label_smoothing: float = 0.0, *, weight: Any = 1.0) -> LossTerm:
@@ -47,7 +50,7 @@ def cross_entropy(label_smoothing: float = 0.0, *, weight: Any = 1.0) -> LossTer
             loss_N = (1 - label_smoothing) * loss_N + label_smoothing * uniform_N
         return _weighted(loss_N, batch)
 
-    return LossTerm("cross_entropy", total, weight=weight)
+    return LossTerm("cross_entropy", total, weight=weight, padded=not label_smoothing)
 
 
 def z_loss(*, weight: Any = 1e-4) -> LossTerm:
@@ -56,7 +59,7 @@ def z_loss(*, weight: Any = 1e-4) -> LossTerm:
     def total(view: View, batch: Batch, context: Context) -> jax.Array:
         return _weighted(jnp.square(jax.nn.logsumexp(_logits(view), axis=-1)), batch)
 
-    return LossTerm("z_loss", total, weight=weight)
+    return LossTerm("z_loss", total, weight=weight, padded=True)
 
 
 def mean_squared_error(
@@ -85,7 +88,7 @@ def mean_squared_error(
 
 
 def loss_function(
-    model: Transformer,
+    model: Model,
     terms: Sequence[LossTerm],
     transforms: Sequence[WeightTransform] = (),
     chunk: int | None = None,
@@ -93,7 +96,8 @@ def loss_function(
     """Returns `(params, batch, context) -> (loss, metrics)`, the sum of all terms.
 
     Args:
-      model: the Transformer.
+      model: the Transformer, or an encoder-decoder; it is also given what the batch has of
+        `MODEL_INPUTS`.
       terms: the parts of the loss; names must differ.
       transforms: applied to the parameters in order, after `context.frozen["params"]` was merged
         into them.
@@ -109,6 +113,7 @@ def loss_function(
     if chunk is not None and chunk < 1:
         raise ValueError(f"the loss chunk is {chunk} positions; it must be at least 1")
     over_logits = [term for term in terms if term.over == "logits"]
+    padded = all(term.padded for term in over_logits)
     capture = tuple(sorted({name for term in terms for name in term.capture}))
 
     def loss(params: PyTree, batch: Batch, context: Context) -> tuple[jax.Array, Metrics]:
@@ -117,6 +122,7 @@ def loss_function(
             weights = transform.apply(weights, context)
         batch = _prepared(terms, batch, context)
         dropout_key = context.rng if model.config.random else None
+        more: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         out = features(
             model,
             weights,
@@ -125,6 +131,7 @@ def loss_function(
             batch.get("segments"),
             capture=capture,
             dropout_key=dropout_key,
+            **more,
         )
         totals = {
             term.name: term.total(View(None, out, weights), batch, context)
@@ -133,7 +140,7 @@ def loss_function(
         }
 
         def over_chunk(final_ND: jax.Array, batch_N: Batch) -> dict[str, jax.Array]:
-            view = View(head(model, weights, final_ND), None, weights)
+            view = View(head(model, weights, final_ND, padded=padded), None, weights)
             return {term.name: term.total(view, batch_N, context) for term in over_logits}
 
         if over_logits:
@@ -143,6 +150,8 @@ def loss_function(
         value = sum(_weight(term, context.step) * means[term.name] for term in terms)
         return jnp.asarray(value), {"loss": value, **means}
 
+    # A gradient function that takes examples apart divides each by its own counts.
+    loss.counts = lambda batch: counts_of(terms, batch)  # type: ignore[attr-defined]
     return loss
 
 

@@ -129,6 +129,8 @@ class Plugs:
       gradient: a gradient function that goes through the micro-batches of `setup` by itself, or
         None to leave it to another method.
       optimizer: wraps the optimizer of the settings.
+      updates: what further happens to the updates, after rates and weight decay, and before weights
+        are averaged.
       split: `params -> (those that train, those that do not)`, traceable; the second part goes into
         `frozen["params"]`, and the loss merges it back.
       frozen: other trees that do not train, by their name in `frozen`.
@@ -143,6 +145,7 @@ class Plugs:
     terms: Callable[[tuple[LossTerm, ...]], tuple[LossTerm, ...]] = _same
     gradient: Gradient | GradientFunction | None = None
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _same
+    updates: tuple[optax.GradientTransformation, ...] = ()
     split: Callable[[PyTree], tuple[PyTree, PyTree]] = everything_trains
     frozen: Mapping[str, FrozenTree] = field(default_factory=dict)
     around: Around | None = None
@@ -213,6 +216,7 @@ def combine(parts: Sequence[Plugs]) -> Plugs:
         terms,
         gradients[0] if gradients else None,
         optimizer,
+        tuple(stage for part in parts for stage in part.updates),
         split,
         {name: tree for part in parts for name, tree in part.frozen.items()},
         around,

@@ -96,6 +96,9 @@ class LossTerm:
       prepare: `(batch, context) -> arrays`, by name, that are put beside the batch's own before it
         is laid out in chunks, once a micro-batch: what a teacher makes of it, say. No gradient goes
         through them; terms that share one function share its result.
+      padded: whether `total` takes logits [N, V + padding] of a padded vocabulary, where padding
+        has the lowest number that there is: nothing to a softmax. Without it they are cut off,
+        which costs a pass over them, and one over their gradient.
     """
 
     name: str
@@ -105,6 +108,7 @@ class LossTerm:
     over: Literal["logits", "features"] = "logits"
     capture: tuple[str, ...] = ()
     prepare: Callable[[Batch, Context], Batch] | None = None
+    padded: bool = False
 
 
 def _no_extra(params: PyTree, frozen: PyTree) -> PyTree:

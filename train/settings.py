@@ -77,6 +77,8 @@ class Settings:
         they are this model's own.
       methods: typed settings of whatever else is plugged in, in order (see `train.methods`).
       parent: the run and step that it was started from, or None.
+      task: typed settings of the task whose rows take the place of text (see `train.tasks`), or
+        None; `data` is () then.
     """
 
     phases: tuple[Phase, ...] = (Phase(steps=1000, model=modern_mini()),)
@@ -96,6 +98,7 @@ class Settings:
     mup: MuP | None = None
     methods: tuple[Any, ...] = ()
     parent: str | None = None
+    task: Any = None
 
     def __post_init__(self):
         if not self.phases:
@@ -138,17 +141,22 @@ def to_json(settings: Settings) -> dict[str, Any]:
     fields["methods"] = [
         {"name": method.name} | dataclasses.asdict(method) for method in settings.methods
     ]
+    if settings.task is not None:
+        fields["task"] = {"name": settings.task.name} | fields["task"]
     return fields
 
 
 def from_json(
-    fields: dict[str, Any], methods: Mapping[str, type[Any]] = MappingProxyType({})
+    fields: dict[str, Any],
+    methods: Mapping[str, type[Any]] = MappingProxyType({}),
+    tasks: Mapping[str, type[Any]] = MappingProxyType({}),
 ) -> Settings:
     """Returns the settings that `to_json` wrote.
 
     Args:
       fields: JSON values.
       methods: settings class of each method, by name.
+      tasks: settings class of each task, by name.
 
     Raises:
       ValueError: on unknown names or fields.
@@ -160,6 +168,8 @@ def from_json(
     for key, table in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
         fields[key] = _named(key, fields[key], table)
     fields["methods"] = tuple(_named("method", m, methods) for m in fields.get("methods", ()))
+    if fields.get("task") is not None:
+        fields["task"] = _named("task", fields["task"], tasks)
     if fields.get("mup") is not None:
         fields["mup"] = MuP(**fields["mup"])
     known = {f.name for f in dataclasses.fields(Settings)}
@@ -175,9 +185,18 @@ def _named(what: str, fields: dict[str, Any], table: Mapping[str, type[Any]]) ->
     if name not in table:
         raise ValueError(f"no {what} {name!r}; there are {', '.join(table) or 'none'}")
     kind = table[name]
+    return _built(kind, values)
+
+
+def _built(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Returns the dataclass with those of its fields that are dataclasses themselves."""
+    values = dict(values)
     for key, hint in get_type_hints(kind).items():
         if hint is TransformerConfig and key in values:
             values[key] = config_from_dict(values[key])
+        elif dataclasses.is_dataclass(hint) and isinstance(values.get(key), dict):
+            inner = {name: _tuples(value) for name, value in values[key].items()}
+            values[key] = _built(hint, inner)  # type: ignore[arg-type]
     return kind(**values)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from model.rules import is_stacked, path_of
-from model.transformer import Transformer
+from model.transformer import Model
 from train.losses import counts_of, loss_function
 from train.plugs import (
     Batch,
@@ -22,6 +22,7 @@ from train.plugs import (
     PyTree,
     State,
     WeightTransform,
+    merge,
     whole,
     with_memory,
 )
@@ -62,7 +63,7 @@ def init_state(
 
 
 def make_train_step(
-    model: Transformer,
+    model: Model,
     terms: Sequence[LossTerm],
     optimizer: optax.GradientTransformation,
     *,
@@ -84,7 +85,7 @@ def make_train_step(
     caller, who learns of it later, still holds the parameters of the last good step.
 
     Args:
-      model: the Transformer.
+      model: the Transformer, or an encoder-decoder.
       terms: the loss.
       optimizer: any Optax transformation; it is also given `value=` (the loss) and `grads=` (the
         raw gradient).
@@ -148,7 +149,7 @@ def make_train_step(
 
 
 def make_evaluation_step(
-    model: Transformer,
+    model: Model,
     terms: Sequence[LossTerm],
     transforms: Sequence[WeightTransform] = (),
     loss_chunk: int | None = None,
@@ -166,6 +167,30 @@ def make_evaluation_step(
         return {t.name: {"total": totals[t.name], "count": t.count(batch)} for t in terms}
 
     return evaluate
+
+
+def make_output_step(
+    outputs: Callable[[PyTree, Batch], dict[str, jax.Array]],
+    terms: Sequence[LossTerm],
+    transforms: Sequence[WeightTransform] = (),
+) -> Callable[[State, PyTree, Batch], dict[str, jax.Array]]:
+    """Returns `(state, frozen, batch) -> arrays by row`, without dropout.
+
+    Args:
+      outputs: `(weights, batch) -> arrays`, of a task.
+      terms: of the run, whose counts weight transforms may look at.
+      transforms: weight transforms.
+    """
+
+    def apply(state: State, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        ones = {term.name: jnp.float32(1) for term in terms}
+        context = Context(state.step, None, frozen, state.extra, ones)
+        weights = merge(state.params, frozen.get("params", {}))
+        for transform in transforms:
+            weights = transform.apply(weights, context)
+        return outputs(weights, batch)
+
+    return apply
 
 
 def in_parts(parts: int, gradient: GradientFunction = whole) -> GradientFunction:

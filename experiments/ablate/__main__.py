@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.ablate import compress, optimizers, transfer
+from experiments.ablate import compress, optimizers, rates, transfer
 from experiments.ablate.gathered import Gathered
 from experiments.ablate.report import read, write_data, write_report
 from experiments.ablate.tables import Request, Table, complete
@@ -23,6 +23,7 @@ from experiments.compilation import use_compilation_cache
 TOPICS: dict[str, tuple[Table, ...]] = {
     "compress": compress.TABLES,
     "optimizers": optimizers.TABLES,
+    "rates": rates.TABLES,
     "transfer": transfer.TABLES,
 }
 """The tables of each topic."""
@@ -42,6 +43,13 @@ class Ablate:
         that one.
       stories: folder with stories260K.bin and tok512.bin, a foreign model (karpathy/tinyllamas);
         rows for it are left out otherwise.
+      sst2: folder with stsa.binary.train, .dev and .test (lines of label and sentence); tables of
+        it are left out otherwise.
+      shakespeare: tinyshakespeare.txt, part of what language models are trained on there.
+      squad: a file of SQuAD 1.1 (.json, .json.gz or .zip), split by article; its table is left out
+        otherwise.
+      multi30k: folder with train, val and test_2016_flickr, each .en.gz and .de.gz; its table is
+        left out otherwise.
       out: where runs and measurements lie; runs/ablate by default.
       results: where the topic's JSON, Markdown and pictures lie.
     """
@@ -53,6 +61,10 @@ class Ablate:
     max_minutes: float | None = None
     fresh: bool = False
     stories: Path | None = None
+    sst2: Path | None = None
+    shakespeare: Path | None = None
+    squad: Path | None = None
+    multi30k: Path | None = None
     out: Path | None = None
     results: Path = Path(__file__).parent.parent / "results"
 
@@ -77,7 +89,16 @@ def run_command(command: Ablate) -> list[Path]:
     if command.fresh and command.out is None:
         out = Path(f"runs/ablate-{time.strftime('%Y%m%d-%H%M%S')}")
         print(f"runs anew in {out}; to go on with it later: --fresh --out {out}")
-    request = Request(out / "cells", command.seeds, command.stories, command.rows)
+    request = Request(
+        out / "cells",
+        command.seeds,
+        command.stories,
+        command.rows,
+        command.sst2,
+        command.shakespeare,
+        command.squad,
+        command.multi30k,
+    )
     path = command.results / f"{command.topic}-{jax.default_backend()}.json"
     gathered = read(path)
     chosen = [table for table in tables if not command.tables or table.name in command.tables]

@@ -15,12 +15,19 @@ from compress.probe import time_interleaved
 from compress.teacher_targets import top_k_targets
 from experiments.ablate.random_weights import like
 from experiments.ablate.ratios import paired
-from experiments.assemble import abstract_frozen, assemble, first_state, initial_params
+from experiments.assemble import (
+    Parts,
+    abstract_frozen,
+    abstract_state,
+    assemble,
+    first_state,
+    initial_params,
+)
 from experiments.distill_cached import PREFIX
 from experiments.distill_cached_method import DistilCached, Resolved
 from experiments.distill_method import Distil, Teacher
+from model.build import build_model
 from model.config import TransformerConfig
-from model.transformer import Transformer
 from train.plugs import whole
 from train.settings import Settings
 from train.step import make_train_step
@@ -54,6 +61,9 @@ def batch_for(settings: Settings, vocabulary_size: int) -> dict[str, jax.Array]:
         "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
         "weights": jnp.ones(shape, jnp.float32),
     }
+    if settings.task is not None:  # whole rows, of the first class
+        whole = jnp.full(shape[:1], shape[1], jnp.int32)
+        batch |= {"lengths": whole, "labels": jnp.zeros(shape[:1], jnp.int32)}
     for method in settings.methods:
         if isinstance(method, DistilCached):
             logits = jnp.asarray(rng.standard_normal((*shape, vocabulary_size), np.float32))
@@ -71,16 +81,7 @@ def stepper(settings: Settings, config: TransformerConfig) -> Callable[[], Any]:
     """
     parts = assemble(settings, config)
     plugs = parts.plugs
-    step = make_train_step(
-        Transformer(config),
-        parts.terms,
-        parts.optimizer,
-        transforms=plugs.transforms,
-        gradient=plugs.gradient or whole,
-        micro_batches=settings.micro_batches,
-        loss_chunk=settings.loss_chunk,
-    )
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(_step(settings, parts), donate_argnums=0)
     frozen = like(abstract_frozen(settings, parts))
     params, _ = jax.jit(lambda: plugs.split(initial_params(settings, config)))()
     state = jax.jit(lambda p, f: first_state(settings, parts, p, f))(params, frozen)
@@ -92,6 +93,34 @@ def stepper(settings: Settings, config: TransformerConfig) -> Callable[[], Any]:
         return metrics
 
     return call
+
+
+def memory_of_step(settings: Settings, config: TransformerConfig) -> int:
+    """Returns the bytes that a step holds at most, as its compiler has it: state and all between.
+
+    Args:
+      settings: see `stepper`.
+      config: see there.
+    """
+    parts = assemble(settings, config)
+    state, frozen = abstract_state(settings, parts), abstract_frozen(settings, parts)
+    batch = batch_for(settings, config.vocabulary_size)
+    step = jax.jit(_step(settings, parts), donate_argnums=0)
+    memory: Any = step.lower(state, frozen, batch).compile().memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return int(memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept)
+
+
+def _step(settings: Settings, parts: Parts) -> Any:
+    return make_train_step(
+        build_model(parts.config),
+        parts.terms,
+        parts.optimizer,
+        transforms=parts.plugs.transforms,
+        gradient=parts.plugs.gradient or whole,
+        micro_batches=settings.micro_batches,
+        loss_chunk=settings.loss_chunk,
+    )
 
 
 def step_times(

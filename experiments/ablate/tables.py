@@ -36,12 +36,20 @@ class Request:
       seeds: how many, from 0.
       stories: folder of the foreign model, see `model.llama2c`; None leaves its rows out.
       rows: that are run, by name, "NAME at ..." along with NAME; all if empty.
+      sst2: folder of the SST-2 files, see `experiments.ablate.transfer_sst2`.
+      shakespeare: file of tiny Shakespeare.
+      squad: file of SQuAD, see `experiments.ablate.transfer_squad`.
+      multi30k: folder of Multi30k, see `experiments.ablate.transfer_multi30k`.
     """
 
     cells: Path = Path("runs/ablate/cells")
     seeds: int = 3
     stories: Path | None = None
     rows: tuple[str, ...] = ()
+    sst2: Path | None = None
+    shakespeare: Path | None = None
+    squad: Path | None = None
+    multi30k: Path | None = None
 
     def asks_for(self, item: Item) -> bool:
         """Whether a cell is to be run: all are, unless rows are named.
@@ -115,7 +123,9 @@ def run_item(item: Item, cells: Path, console: Console) -> None:
         with console.status(item.name):
             run_measurements([item], cells)
     else:  # draws a bar of its own
-        run_cells([item], cells, execution=Execution(keep_last=1, keep_best=0))
+        # Of a task, what counts is the best checkpoint.
+        best = 0 if item.settings.task is None else 1
+        run_cells([item], cells, execution=Execution(keep_last=1, keep_best=best))
         write_json(cells / item.key / "machine.json", machine())
 
 

@@ -7,33 +7,45 @@ Each table takes one to three minutes on two cores (train-124m and growth take l
 been measured stays in `--folder`, so that a command that was stopped goes on; `--fresh` measures
 the tables again that it names. Have the machine to yourself. Tables: train-3m, train-12m,
 train-124m, decode, tokenise, data, start, growth. Writes bench-cpu.json, bench-cpu.md and a picture
-of the growth. On a machine with a GPU:
+of the growth. On a machine with a GPU, some eight minutes, most of them compilation:
 
-    JAX_PLATFORMS=cpu python -m experiments.bench --only train-124m-cuda --name bench-gpu
+    JAX_PLATFORMS=cpu python -m experiments.bench --name bench-gpu --only \
+        gpu-ceilings train-124m-cuda gpu-forms gpu-products gpu-decode
+
+What failed there is tried again by the same command.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.decode import decode_table
+from experiments.bench.alone import FAILED, together
+from experiments.bench.decode import decode_table, gpu_decode_table
+from experiments.bench.gpu_forms import forms_table
+from experiments.bench.gpu_products import ceilings_table, products_table
+from experiments.bench.gpu_train import gpu_train_table
 from experiments.bench.growth import growth_table
 from experiments.bench.start import start_table, wait_table
 from experiments.bench.table import Table
 from experiments.bench.tokenise import tokenise_table
 from experiments.bench.train_step import train_table
 from experiments.cli import run_main
-from experiments.grid import Measured, read_measured, run_measurements
+from experiments.grid import Measured, Measurement, read_measured, run_measurements
 from experiments.run import write_json
 
 TABLES: dict[str, Callable[[], Table]] = {
     "train-3m": lambda: train_table("3m"),
     "train-12m": lambda: train_table("12m"),
     "train-124m": lambda: train_table("124m"),
-    "train-124m-cuda": lambda: train_table("124m-cuda"),
+    "gpu-ceilings": ceilings_table,
+    "train-124m-cuda": gpu_train_table,
+    "gpu-forms": forms_table,
+    "gpu-products": products_table,
+    "gpu-decode": gpu_decode_table,
     "decode": decode_table,
     "tokenise": tokenise_table,
     "data": wait_table,
@@ -63,7 +75,9 @@ class Bench:
     max_minutes: float | None = None
 
 
-ONLY_NAMED = ("train-124m-cuda",)  # needs a GPU
+COMPILED = 8  # processes at a time; each keeps the device memory that it tuned products with
+# These need a GPU.
+ONLY_NAMED = ("gpu-ceilings", "train-124m-cuda", "gpu-forms", "gpu-products", "gpu-decode")
 
 
 def chosen(only: Sequence[str], tables: Mapping[str, Any]) -> list[str]:
@@ -84,6 +98,58 @@ def found_of(table: Table, folder: Path) -> list[Measured]:
     """Returns what of a table has been measured."""
     found = (read_measured(measurement, folder) for measurement in table.measurements)
     return [measured for measured in found if measured is not None]
+
+
+def missing_of(table: Table, folder: Path) -> list[Measurement]:
+    """Returns what of a table has not been measured; what failed is forgotten."""
+    for measured in found_of(table, folder):
+        if FAILED in measured.values:
+            (folder / f"{measured.measurement.key}.json").unlink()
+    return [m for m in table.measurements if read_measured(m, folder) is None]
+
+
+def measure(table: Table, folder: Path, end: float | None) -> None:
+    """Measures what is missing of a table, as many at a time as it says.
+
+    Args:
+      table: which.
+      folder: holds a file per measurement.
+      end: on the monotonic clock; begin nothing after it.
+    """
+
+    def measuring(measurement: Measurement) -> Callable[[], Any]:
+        def run() -> None:
+            left = None if end is None else max(0.0, end - time.monotonic()) / 60
+            if measured := run_measurements([measurement], folder, max_minutes=left):
+                reason = measured[0].values.get(FAILED)
+                said = "measured" if reason is None else f"failed: {str(reason).strip()[-300:]}"
+                print(f"{measurement.name}: {said}", flush=True)
+
+        return run
+
+    together([measuring(m) for m in missing_of(table, folder)], table.together)
+
+
+def prepare(tables: Sequence[Table], folder: Path, stage: int) -> None:
+    """Does what tables want done in a stage before they are measured."""
+    jobs = [
+        job.run
+        for table in tables
+        if table.prepare is not None and (missing := missing_of(table, folder))
+        for job in table.prepare(missing)
+        if job.stage == stage
+    ]
+    begin = time.monotonic()
+    together(jobs, COMPILED)
+    if jobs:
+        print(f"prepared {len(jobs)} in {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def found_in(
+    tables: Mapping[str, Table], folder: Path
+) -> dict[str, tuple[Table, Sequence[Measured]]]:
+    """Returns every table with what of it has been measured."""
+    return {name: (table, found_of(table, folder)) for name, table in tables.items()}
 
 
 def report(found: Mapping[str, tuple[Table, Sequence[Measured]]]) -> str:
@@ -135,15 +201,20 @@ def main() -> None:
     import tyro
 
     command = tyro.cli(Bench, description=__doc__)
+    minutes = command.max_minutes
+    end = None if minutes is None else time.monotonic() + 60 * minutes
     tables = {name: make() for name, make in TABLES.items()}
-    for name in chosen(command.only, tables):
-        if command.fresh:
-            for measurement in tables[name].measurements:
-                (command.folder / f"{measurement.key}.json").unlink(missing_ok=True)
-        print(f"{name}: {len(tables[name].measurements)} to measure", flush=True)
-        run_measurements(tables[name].measurements, command.folder, max_minutes=command.max_minutes)
-    found = {name: (table, found_of(table, command.folder)) for name, table in tables.items()}
-    print("\n" + write(found, command.out, command.name))
+    named = [tables[name] for name in chosen(command.only, tables)]
+    if command.fresh:
+        for measurement in (each for table in named for each in table.measurements):
+            (command.folder / f"{measurement.key}.json").unlink(missing_ok=True)
+    prepare(named, command.folder, stage=0)
+    for table in named:
+        prepare([table], command.folder, stage=1)
+        print(f"{table.title}: {len(missing_of(table, command.folder))} to measure", flush=True)
+        measure(table, command.folder, end)
+        write(found_in(tables, command.folder), command.out, command.name)
+    print("\n" + write(found_in(tables, command.folder), command.out, command.name))
 
 
 if __name__ == "__main__":

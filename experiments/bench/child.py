@@ -34,6 +34,9 @@ SUBJECTS: dict[str, tuple[str, str]] = {
     "decode.torch": ("experiments.bench.subjects_torch", "decoding"),
     "tokenise.ours": ("experiments.bench.tokenise", "ours"),
     "tokenise.tokenizers": ("experiments.bench.tokenise", "theirs"),
+    "gpu.step": ("experiments.bench.gpu_step", "subject"),
+    "gpu.products": ("experiments.bench.gpu_products", "subject"),
+    "gpu.ceilings": ("experiments.bench.gpu_products", "ceilings"),
     "growth": ("experiments.bench.growth", "subject"),
     "ladder": ("experiments.ladder.side", "subject"),
 }

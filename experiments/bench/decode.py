@@ -6,16 +6,19 @@ is the prefill, and what the others take longer is the decoding.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.bench.alone import FAILED, attempt
 from experiments.bench.ratios import ratio
-from experiments.bench.shapes import SHAPES, shape_to_json
+from experiments.bench.shapes import SHAPES, environment_of, shape_from_json, shape_to_json
 from experiments.bench.sides import Side, interleaved
 from experiments.bench.table import Table, rows_of
 from experiments.grid import Measured, Measurement
 
 OURS, THEIRS = "ours", "generate"
+LIMIT_CUDA = 200.0  # seconds that a side may take in all
 
 
 def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +41,13 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
         for rows in settings["rows"]
         for new in (1, settings["new"])
     ]
-    with Side("decode.jax", given) as ours, Side("decode.torch", given) as theirs:
+    shape = shape_from_json(settings["shape"])
+    here, there = environment_of(shape, "ours"), environment_of(shape, "torch")
+    limit = None if shape.device == "cpu" else LIMIT_CUDA
+    with (
+        Side("decode.jax", given, here, limit) as ours,
+        Side("decode.torch", given, there, limit) as theirs,
+    ):
         sides = {OURS: ours, THEIRS: theirs}
         if ours.facts != theirs.facts:
             raise ValueError(f"the sides differ: {ours.facts} and {theirs.facts}")
@@ -67,17 +76,23 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
 def text(results: Sequence[Measured]) -> str:
     """Returns the ratios as Markdown."""
     rows = []
+    results = [measured for measured in results if FAILED not in measured.values]
+    if not results:
+        return "Failed."
     for measured in results:
         for count, ours in measured.values[OURS].items():
             theirs = measured.values[THEIRS][count]
             ratios = [str(ratio(ours[part], theirs[part])) for part in ("prefill", "decode")]
-            rows.append([count, *ratios, f"{measured.values['agree'][count]:.1%}"])
+            new = (measured.measurement.settings["new"] - 1) * int(count)
+            rates = [f"{new / statistics.median(side['decode']):,.0f}" for side in (ours, theirs)]
+            rows.append([count, *ratios, f"{measured.values['agree'][count]:.1%}", *rates])
     settings = results[0].measurement.settings
-    names = ("rows", "prefill, ours / theirs", "decode, ours / theirs", "equal tokens")
+    names = ["rows", "prefill, ours / theirs", "decode, ours / theirs", "equal tokens"]
+    names += ["ours, decoded tokens / s", "theirs"]
     return (
-        f"Tokens a second of greedy generation in float32 against transformers' `generate` with "
-        f"its cache: prompts of {settings['prompt']} tokens, {settings['new']} new ones; median of "
-        f"{settings['rounds']} rounds and their quartiles.\n\n"
+        f"Tokens a second of greedy generation in {settings['shape']['model']['dtype']} against "
+        f"transformers' `generate` with its cache: prompts of {settings['prompt']} tokens, "
+        f"{settings['new']} new ones; median of {settings['rounds']} rounds and quartiles.\n\n"
         f"{rows_of(names, rows)}"
     )
 
@@ -93,3 +108,18 @@ def decode_table() -> Table:
         "rounds": 10,
     }
     return Table("Generation", (Measurement("decode", settings, measure),), text)
+
+
+def gpu_decode_table() -> Table:
+    """The same at 124 M parameters in bfloat16 on a GPU."""
+    settings = {
+        "table": "decode",
+        "shape": shape_to_json(SHAPES["124m-cuda"]),
+        "prompt": 512,
+        "new": 65,
+        "rows": [1, 8],
+        "rounds": 6,
+    }
+    return Table(
+        "Generation on a GPU", (Measurement("gpu-decode", settings, attempt(measure)),), text
+    )

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ class Side:
       subject: a name in `experiments.bench.child.SUBJECTS`.
       settings: JSON values for it.
       environment: variables on top of this process's.
+      limit: seconds after which the process is ended, whatever it does; None for never.
 
     Attributes:
       started: clock (`time.perf_counter`) just before the process was.
@@ -41,6 +43,7 @@ class Side:
         subject: str,
         settings: Mapping[str, Any],
         environment: Mapping[str, str] | None = None,
+        limit: float | None = None,
     ):
         self.subject = subject
         self.started = time.perf_counter()
@@ -52,6 +55,10 @@ class Side:
             cwd=ROOT,
             env={**os.environ, **(environment or {})},
         )
+        self._watch = threading.Timer(limit or 0, self._process.kill)
+        self._watch.daemon = True
+        if limit is not None:
+            self._watch.start()
         try:
             self.facts: dict[str, Any] = self._say({"subject": subject, "settings": dict(settings)})
         except BaseException:
@@ -68,6 +75,7 @@ class Side:
 
     def close(self) -> None:
         """Ends the process."""
+        self._watch.cancel()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):

@@ -3,7 +3,7 @@
 Every one is assembled the same way, and takes and may ignore the extra arguments of the step::
 
     clip by global norm -> the optimizer, at its scheduled rate -> learning rates by rule
-    -> average of the weights
+    -> what methods do to the updates -> average of the weights
 
 What depends on a parameter is chosen by rules over its path (`model.rules`), never by its number of
 axes: stacked biases and norm scales are two-dimensional too. By default only kernels and embeddings
@@ -15,6 +15,7 @@ Steps count the updates made, so that an update that the step skipped does not m
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -120,6 +121,7 @@ def build(
     schedule_settings: ScheduleSettings,
     total_steps: int,
     params_abstract: Any,
+    further: Sequence[optax.GradientTransformation] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer for one phase of a run.
 
@@ -129,6 +131,7 @@ def build(
       total_steps: updates that the schedule spans; those of the whole run, as the state's step
         count goes on from phase to phase.
       params_abstract: the parameters that train, or their shapes (``jax.eval_shape``).
+      further: what else happens to the updates, before weights are averaged.
 
     Returns:
       ``init(params)`` and ``update(grads, state, params, value=, grads=)``; the updates are to be
@@ -157,6 +160,7 @@ def build(
         stages.append(
             optax.stateless(lambda updates, params: jax.tree.map(_scaled, updates, factors))
         )
+    stages += further
     if settings.tail_fraction is not None:
         stages.append(tail_average(total_steps - round(settings.tail_fraction * total_steps)))
     return optax.with_extra_args_support(optax.chain(*stages))

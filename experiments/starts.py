@@ -1,0 +1,101 @@
+"""What a fine-tuning starts from, as a run: one of ours, a Hugging Face folder, llama2.c weights.
+
+RUN, RUN@STEP       a run
+hf:FOLDER           `config.json` and safetensors of a GPT-2 or Llama model
+llama2c:FILE.bin    weights in the first format of llama2.c
+scratch             drawn from the seed
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from experiments.convert import from_huggingface
+from experiments.folders import check_free, made_at_once
+from experiments.run import parse_parent, read_settings, write_json
+from model import llama2c
+from parallel.agreement import by_main
+from train.checkpoints import Checkpoints
+from train.settings import Phase, Settings, to_json
+from train.step import init_state
+from train.tokenizers import load_tokenizer
+
+SCRATCH = "scratch"
+WINDOW = 1024  # that such a run is measured on by default, where its positions allow it
+
+
+def start_run(spec: str, made: Path, tokenizer: str | None = None) -> str | None:
+    """Returns "RUN" or "RUN@STEP" of a start, None for scratch; what is no run becomes one.
+
+    Args:
+      spec: see above.
+      made: folder for the run that a foreign model becomes; used again where it is there.
+      tokenizer: of a foreign model: see `train.tokenizers.load_tokenizer`; a Hugging Face folder
+        has its own.
+
+    Raises:
+      ValueError: there is no such start, or the tokenizer is that of another model.
+    """
+    if spec == SCRATCH:
+        return None
+    kind, colon, name = spec.partition(":")
+    if colon and kind in ("hf", "llama2c"):
+        if tokenizer is None and kind == "llama2c":
+            raise ValueError(f"{name} comes without a tokenizer; name it with --tokenizer")
+
+        def make() -> None:
+            if (made / "settings.json").exists():
+                return
+            if kind == "hf":
+                from_huggingface(Path(name), made, tokenizer)
+            else:
+                from_llama2c(Path(name), made, str(tokenizer))
+
+        by_main(make)
+        return str(made)
+    if tokenizer is not None:
+        raise ValueError(f"a start from {spec} keeps its tokenizer; leave --tokenizer out")
+    try:
+        read_settings(parse_parent(spec)[0])
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error}. A start is a run (RUN or RUN@STEP), hf:FOLDER, llama2c:FILE.bin or scratch"
+        ) from None
+    return spec
+
+
+def from_llama2c(weights: Path, out: Path, tokenizer: str) -> None:
+    """Writes a llama2.c `.bin` file as a run with one checkpoint, of step 0.
+
+    Args:
+      weights: the file.
+      out: the run to make.
+      tokenizer: its own, such as llama2.c's `tokenizer.bin`.
+
+    Raises:
+      ValueError: `out` exists, the file is damaged, or the tokenizer is that of another model.
+    """
+    check_free(out)
+    pieces = load_tokenizer(tokenizer)
+    config, params = llama2c.load(weights)
+    if pieces.vocabulary_size != config.vocabulary_size:
+        raise ValueError(
+            f"the model in {weights} has {config.vocabulary_size} ids and the tokenizer "
+            f"{tokenizer} has {pieces.vocabulary_size}: it is that of another model"
+        )
+    phase = Phase(1, config, batch_size=1, sequence_length=min(WINDOW, config.max_length))
+    settings = Settings(phases=(phase,), data=(), tokenizer=tokenizer)
+    result: dict[str, Any] = {"reason": "converted", "from": str(weights), "step": 0}
+    with made_at_once(out) as run:
+        run.mkdir(parents=True)
+        pieces.save(run / "tokenizer")
+        state = init_state(jax.random.key(settings.seed), params, optax.identity())
+        with Checkpoints(run / "checkpoints") as checkpoints:
+            checkpoints.save(0, state, {"phase": 0, "seconds": {}}, wait=True)
+        (run / "metrics.jsonl").touch()
+        write_json(run / "result.json", {**result, "evaluation": None})
+        write_json(run / "settings.json", to_json(settings))

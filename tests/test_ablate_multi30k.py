@@ -1,0 +1,63 @@
+"""The table of Multi30k: its cells, its text and picture, and a run of it at a small size."""
+
+import gzip
+
+import pytest
+from rich.console import Console
+
+from experiments.ablate import transfer_multi30k as table
+from experiments.ablate.gathered import Results
+from experiments.ablate.tables import Request, run_item, values_of
+from experiments.grid import Measurement
+
+PAIRS = [("a man sleeps", "ein Mann schläft"), ("two dogs run", "zwei Hunde laufen")] * 8
+
+
+@pytest.fixture
+def request_(tmp_path):
+    for name in table.SPLITS.values():
+        for side, texts in zip(("en", "de"), zip(*PAIRS, strict=True), strict=True):
+            content = "".join(f"{text}\n" for text in texts).encode()
+            (tmp_path / f"{name}.{side}.gz").write_bytes(gzip.compress(content))
+    return Request(tmp_path / "cells", seeds=2, multi30k=tmp_path)
+
+
+def test_every_seed_has_a_curve_and_all_searches_of_one_run(request_):
+    items = table.cells(request_)
+    assert len({item.key for item in items}) == len(items) == 2 * (1 + len(table.SEARCHES))
+    assert len({item.needs[0].key for item in items}) == 2
+    assert table.cells(Request()) == []
+    assert "--multi30k" in table.notes(Request())[0]
+
+
+def test_text_and_picture_come_from_results_alone():
+    searched = {"chrf": 50.0, "length_ratio": 1.0, "score": -0.5, "sentences_per_second": 9.0}
+    found = {
+        name: {seed: {**searched, "bleu": 30.0 + beams, "signature": "tok:13a"} for seed in (0, 1)}
+        for name, (beams, _) in table.SEARCHES.items()
+    }
+    rows = [{"step": n, "seconds": 60.0 * n, "loss": 1.0, "bleu": 10.0 * n} for n in (1, 2, 3)]
+    found[table.TRAINED] = {0: {"evaluations": rows}}
+    results = Results(found)
+    text = "\n".join(table.render(results))
+    assert "| 4 beams | 34.00 ± 0.00 |" in text
+    assert "| +3.00 |" in text
+    assert "| 0 | 3.0 | 3.0 | 30.00 |" in text
+    assert table.picture(results) is not None
+    assert table.picture(Results({})) is None
+    assert table.render(Results({}))
+
+
+@pytest.mark.slow
+def test_a_small_run_of_it_is_translated_by_every_search(request_, monkeypatch):
+    sizes = {"STEPS": 2, "EVALUATE_EVERY": 1, "WARMUP": 0, "ROWS": 2, "LENGTH": 48}
+    for name, value in {**sizes, "TOKENIZER": "bytes"}.items():
+        monkeypatch.setattr(table, name, value)
+    items = [item for item in table.cells(request_) if item.settings["seed"] == 0]
+    for item in items[:3]:
+        assert isinstance(item, Measurement)
+        run_item(item, request_.cells, Console())
+    curve, greedy, beams = (values_of(item, request_.cells)[0] for item in items[:3])
+    assert [row["step"] for row in curve["evaluations"]] == [1, 2]
+    assert {"bleu", "signature"} <= set(greedy)
+    assert beams["loss"] == greedy["loss"]  # of one model, whatever the search

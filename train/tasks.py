@@ -1,0 +1,263 @@
+"""A task: rows of a file in place of running text, a head, a loss, and what comes out of each row.
+
+    task.resolve()                              what the settings must know of the files: labels
+    task.examples(split, tokenizer, length)     rows -> fixed arrays
+    task_batches(arrays, ...)[step]             the batch of a step, a pure function of (seed, step)
+    task.head(key, config)                      parameters beside the model's, {} for none
+    task.terms(model, label_smoothing)          the loss, as `train.plugs.LossTerm`s
+    task.outputs(model)                         (weights, batch) -> what metrics are made of, by row
+
+Settings of a task are a frozen dataclass with a `name`, an identity field of a run beside its
+optimizer: the task replaces the data, the loss and the evaluation, a run has at most one, and it
+comes after all methods, which see the model without its head. So a rule that freezes everything
+leaves the head to train, and so does low-rank adaptation. Which tasks there are, and their metrics,
+is for `experiments.tasks` to say.
+
+Shapes: N examples, B rows of a batch, T time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from model.config import TransformerConfig
+from model.transformer import Transformer
+from train import plugs
+from train.data import MAX_WINDOWS, Batch
+from train.plugs import LossTerm, PyTree
+from train.tasks_rows import BadRow, Row, RowFormat
+from train.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    import grain
+
+TRAIN, VALID, TEST = "train", "valid", "test"
+Outputs = Callable[[PyTree, plugs.Batch], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """The files of a task and how they are read.
+
+    Attributes:
+      paths: (split, path): "train" and "valid" at least, "test" for the end.
+      form: of their rows.
+      sha256: of each file; filled in at the start of the run.
+      share: of the training rows, drawn at random, that are trained on: what a task needs fewer of.
+      share_seed: of that draw.
+    """
+
+    paths: tuple[tuple[str, str], ...] = ()
+    form: RowFormat = RowFormat()  # noqa: RUF009 (frozen)
+    sha256: tuple[str, ...] = ()
+    share: float = 1.0
+    share_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must be above 0 and at most 1")
+
+    def path(self, split: str) -> str:
+        """Returns the path of a split.
+
+        Raises:
+          ValueError: there is none.
+        """
+        if split not in dict(self.paths):
+            there = ", ".join(name for name, _ in self.paths) or "none"
+            raise ValueError(
+                f"the task has no {split} file (it has {there}); give one: --data {split}=FILE"
+            )
+        return dict(self.paths)[split]
+
+    def has(self, split: str) -> bool:
+        """Whether there is such a split."""
+        return split in dict(self.paths)
+
+
+class Examples(NamedTuple):
+    """A split of a task, encoded.
+
+    Attributes:
+      arrays: each of N rows: `tokens`, `targets` int32 [N, T], `weights` float32 [N, T] (1 where a
+        token is real and is followed by another, or where the task has its loss), and the task's
+        own (`lengths` int32 [N], `labels`, ...).
+      rows: what they were made of. Where several examples are made of one row, an array `row` int32
+        [N] says of which.
+      bad: rows that were left out.
+      cut: examples that were longer than T.
+    """
+
+    arrays: dict[str, np.ndarray]
+    rows: list[Row]
+    bad: list[BadRow]
+    cut: int
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(self.arrays["tokens"])
+
+
+def share_of(examples: Examples, share: float, seed: int) -> Examples:
+    """Returns the examples of a share of the rows, in order; a smaller share lies in a larger.
+
+    >>> rows = [Row(n, {}) for n in range(10)]
+    >>> whole = Examples({"tokens": np.arange(10)[:, None]}, rows, [], 0)
+    >>> few, more = (share_of(whole, share, 0) for share in (0.2, 0.5))
+    >>> few.size, {row.line for row in few.rows} < {row.line for row in more.rows}
+    (2, True)
+    """
+    if share == 1:
+        return examples
+    count = len(examples.rows)
+    order = np.random.default_rng(seed).permutation(count)
+    chosen = np.sort(order[: max(1, round(share * count))])
+    of_row = examples.arrays.get("row", np.arange(examples.size))
+    kept = np.isin(of_row, chosen)
+    arrays = {name: array[kept] for name, array in examples.arrays.items()}
+    if "row" in arrays:
+        arrays["row"] = np.searchsorted(chosen, arrays["row"]).astype(np.int32)
+    return examples._replace(arrays=arrays, rows=[examples.rows[n] for n in chosen])
+
+
+class Task(Protocol):
+    """Settings of a task: a frozen dataclass."""
+
+    name: ClassVar[str]
+    watch: ClassVar[str]
+    """Figure of the metrics that is best where it is least, such as "loss"; a minus before it, as
+    in "-accuracy", where it is best at its greatest."""
+    files: TaskFiles
+
+    def resolve(self) -> Task:
+        """Returns the settings with all filled in that the files say (labels, hashes).
+
+        ValueError: a file that is not there, or is another than at the start of the run.
+        """
+
+    def head(self, key: Any, config: TransformerConfig) -> PyTree:
+        """Returns new parameters beside the model's, such as {"score": {"kernel": [D, C]}}."""
+
+    def terms(self, model: Transformer, label_smoothing: float) -> tuple[LossTerm, ...]:
+        """Returns the loss. Rows and positions of weight 0 count nothing."""
+
+    def texts(self) -> Iterator[str]:
+        """Yields the training texts, for a tokenizer that is trained on them."""
+
+    def examples(self, split: str, tokenizer: Tokenizer, length: int) -> Examples:
+        """Returns a split in arrays of T = `length`; ValueError at bad rows, unless skipped."""
+
+    def outputs(self, model: Transformer) -> Outputs:
+        """Returns a traceable function `(weights, batch) -> arrays`, each of B rows."""
+
+
+def task_batches(
+    arrays: Mapping[str, np.ndarray], *, seed: int, batch_size: int, rows: slice | None = None
+) -> grain.MapDataset:
+    """The endless dataset whose element `step` is the batch of that step.
+
+    The examples are shuffled anew in each epoch and taken one batch after another, over the ends of
+    epochs too, so a batch is a pure function of (seed, step): it does not depend on where a run
+    was resumed or how many processes there are.
+
+    Args:
+      arrays: of N examples each.
+      seed: of the order, at least 0.
+      batch_size: B.
+      rows: those of the B rows that this process reads; all by default.
+
+    Raises:
+      ValueError: no example, arrays of different N, or a size that is not positive.
+
+    >>> batches = task_batches({"tokens": np.arange(4)[:, None]}, seed=0, batch_size=2)
+    >>> sorted(int(n) for step in (0, 1) for n in batches[step]["tokens"][:, 0])
+    [0, 1, 2, 3]
+    """
+    import grain
+
+    count = _count(arrays)
+    if batch_size < 1:
+        raise ValueError(f"the batch size is {batch_size}; it must be at least 1")
+    if seed < 0:
+        raise ValueError(f"the seed must be >= 0, not {seed}")
+    own_seed = int(np.random.SeedSequence((seed, 0)).generate_state(1)[0])  # as for windows of text
+    order = grain.MapDataset.range(count).shuffle(seed=own_seed).repeat()
+
+    def batch_at(step: int) -> Batch:
+        own = range(batch_size)[rows or slice(None)]
+        chosen = np.array([order[step * batch_size + row] % count for row in own])
+        return {name: array[chosen] for name, array in arrays.items()}
+
+    return grain.MapDataset.range(sys.maxsize).map(batch_at)
+
+
+def task_evaluation_batches(
+    arrays: Mapping[str, np.ndarray], *, batch_size: int, rows: slice | None = None
+) -> Iterator[Batch]:
+    """All examples in order; what is missing in the last batch are rows of zeros (no weight).
+
+    Args:
+      arrays: of N examples each.
+      batch_size: B.
+      rows: those of the B rows that this process reads; all by default.
+
+    >>> batches = task_evaluation_batches({"tokens": np.ones(3)}, batch_size=2)
+    >>> [batch["tokens"].tolist() for batch in batches]
+    [[1.0, 1.0], [1.0, 0.0]]
+    """
+    count = _count(arrays)
+    for first in range(0, count, batch_size):
+        own = range(first, first + batch_size)[rows or slice(None)]
+        taken = slice(min(own.start, count), min(own.stop, count))
+
+        def padded(array: np.ndarray, taken: slice = taken, size: int = len(own)) -> np.ndarray:
+            part = array[taken]
+            return np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
+
+        yield {name: padded(array) for name, array in arrays.items()}
+
+
+def pad_rows(
+    ids: Sequence[Any], length: int, scored: Sequence[slice] | None = None
+) -> dict[str, np.ndarray]:
+    """Returns rows of ids as `tokens`, `targets`, `weights` [N, T] and `lengths` [N].
+
+    Args:
+      ids: int [n] of each row, n from 1 to T; zeros follow at the right.
+      length: T.
+      scored: which ids of each row are predicted with weight 1; by default all but the first.
+
+    >>> arrays = pad_rows([[5, 6, 7]], 4)
+    >>> [arrays[name].tolist() for name in ("tokens", "targets", "weights", "lengths")]
+    [[[5, 6, 7, 0]], [[6, 7, 0, 0]], [[1.0, 1.0, 0.0, 0.0]], [3]]
+    """
+    block = np.zeros((len(ids), length + 1), np.int32)
+    weights = np.zeros((len(ids), length + 1), np.float32)
+    for number, row in enumerate(ids):
+        if not 1 <= len(row) <= length:
+            raise ValueError(f"row {number} has {len(row)} ids; 1 to {length} fit")
+        block[number, : len(row)] = row
+        predicted = slice(1, len(row)) if scored is None else scored[number]
+        weights[number, : len(row)][predicted] = 1
+    return {
+        "tokens": np.ascontiguousarray(block[:, :-1]),
+        "targets": np.ascontiguousarray(block[:, 1:]),
+        "weights": np.ascontiguousarray(weights[:, 1:]),
+        "lengths": np.array([len(row) for row in ids], np.int32),
+    }
+
+
+def _count(arrays: Mapping[str, np.ndarray]) -> int:
+    sizes = {name: len(array) for name, array in arrays.items()}
+    if len(set(sizes.values())) != 1 or not min(sizes.values()):
+        raise ValueError(f"a task needs arrays of as many examples each, at least 1, not {sizes}")
+    count = next(iter(sizes.values()))
+    if count >= MAX_WINDOWS:
+        raise ValueError(f"{count} examples cannot be shuffled; {MAX_WINDOWS - 1} at most")
+    return count
