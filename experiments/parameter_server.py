@@ -73,9 +73,9 @@ class ParameterServer:
     bound: int = 32
     rounds: int = 200
     further: int = 2
-    # By trials, 7 of one form and 14 of the other, on a seed that is not reported: 2e-3 ended at 2.083 and 8e-3 at
-    # 2.41, where 4e-3 did at 2.041; and in the other forms 1e-3 with a b1 of 0.9 at 2.21, 2e-3 at
-    # 2.48 and 5e-4 at 2.23, where 1e-3 with 0.5 did at 2.126, all after 600 batches.
+    # By trials, 7 of one form and 14 of the other, on a seed that is not reported: 2e-3 ended at
+    # 2.083 and 8e-3 at 2.41, where 4e-3 did at 2.041; in the other forms 1e-3 with a b1 of 0.9 at
+    # 2.21, 2e-3 at 2.48 and 5e-4 at 2.23, where 1e-3 with 0.5 did at 2.126, after 600 batches.
     learning_rate: float = 4e-3
     asynchronous_rate: float = 1e-3
     asynchronous_momentum: float = 0.5
