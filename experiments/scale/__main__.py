@@ -25,6 +25,7 @@ from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.scale import (
     compression,
+    compression_ranks,
     device,
     diloco,
     diloco_outer,
@@ -42,6 +43,7 @@ TABLES: tuple[Table, ...] = (
     memory.TABLE,
     traffic.TABLE,
     compression.TABLE,
+    compression_ranks.TABLE,
     diloco_outer.TABLE,
     diloco.TABLE,
     server.TABLE,
