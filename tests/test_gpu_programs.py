@@ -179,3 +179,10 @@ def test_the_form_of_a_model_can_be_given(gpu):
 
     assert len(text()) == 2
     assert text(attention=plain) == []
+
+
+def test_a_gpu_keeps_the_input_of_an_activation_alone(gpu, monkeypatch):
+    """Its tanh is there twice, once in either pass; elsewhere the first one is kept."""
+    assert gradient_text().count("stablehlo.tanh") == 2 * 2  # of two layers
+    monkeypatch.setattr(linear, "_cuda_version", lambda: (0,))
+    assert gradient_text().count("stablehlo.tanh") == 2
