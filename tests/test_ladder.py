@@ -376,7 +376,7 @@ def test_every_rung_trains_at_tiny_size(name, tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
     text.write_text("".join(chr(97 + c) for c in draw.integers(0, 26, 20_000)))
     choices = dataclasses.replace(SCALES["tiny"].choices, vocabulary="bytes")
-    scale = TINY.at(data=(str(text),), choices=choices)
+    scale = TINY.at(data=(str(text),), choices=choices, held_out="validation")
     site = Site(scale, tmp_path / "cells", Gathered({}), run=run_here)
     values = site.outcome(name, scale.tokens // 4, 0)
     assert values["points"][-1]["bits"] < 8.2

@@ -104,7 +104,9 @@ def data_name(scale: Scale) -> str:
     ('stdlib, sentencepiece:2048', 'tale.txt, bytes')
     """
     size = f"{scale.label}: " if scale.label else ""
-    return f"{size}{' + '.join(Path(spec).name for spec in scale.data)}, {scale.tokenizer}"
+    names = " + ".join(Path(spec).name for spec in scale.data)
+    split = "" if scale.held_out == "test" else f", {scale.held_out}"
+    return f"{size}{names}, {scale.tokenizer}{split}"
 
 
 def recipe_for(scale: Scale, name: str) -> Recipe:

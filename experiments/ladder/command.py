@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.ablate.gathered import Gathered
 from experiments.ablate.report import read, write_data
@@ -194,10 +195,12 @@ def scale_named(scale: Scale, table: str) -> Scale:
     """Returns the scale on the data that a table of the JSON is called by.
 
     >>> from experiments.ladder.scales import CPU
-    >>> scale_named(CPU, "tale.txt, bytes").tokenizer
+    >>> scale_named(CPU, "tale.txt, bytes, validation").tokenizer
     'bytes'
     """
-    names, tokenizer = table.rsplit(", ", 1)
-    found = scale.at(data=tuple(names.split(" + ")), tokenizer=tokenizer)
+    whole = table.removesuffix(", validation")
+    names, tokenizer = whole.rsplit(", ", 1)
+    split: Any = "test" if whole == table else "validation"
+    found = scale.at(data=tuple(names.split(" + ")), tokenizer=tokenizer, held_out=split)
     assert data_name(found) == table
     return found
