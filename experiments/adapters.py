@@ -37,6 +37,7 @@ from experiments.lora_base import BASE
 from experiments.lora_method import Lora
 from experiments.run import Run, config_for, open_run, phase_at, read_json, write_json
 from experiments.tuning_methods import Unfreeze
+from model.heads import heads_of, without_heads
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.checkpoints import Checkpoints
 from train.methods import one_side
@@ -322,9 +323,14 @@ def run_command(command: Adapters) -> list[str]:
     run = adapted_run(command.run, command.step, command.onto)
     size = run.model.config.vocabulary_size
     params = strip_vocabulary(dequantize_params(merged(run.params)), size)
+    left = []
+    if run.settings.task is None and (heads := heads_of(params)):  # no task says what they are for
+        params = without_heads(params)
+        left = [f"left out     {', '.join(heads)}, the head of a task, which {command.run} has not"]
     facts = {"from": str(command.run), "from_step": run.step, "adapters": list(command.onto)}
     write_run(command.out, run.model.config, params, run.folder / "tokenizer", run.settings, facts)
-    return [f"run          {command.out}, from {command.run} with {', '.join(command.onto)} merged"]
+    about = f"{command.out}, from {command.run} with {', '.join(command.onto)} merged"
+    return [f"run          {about}", *left]
 
 
 def main() -> None:

@@ -179,14 +179,14 @@ def conversation(
             decoding, known = None, 0
             ids = encode(template, said, tokenizer).ids.tolist()
         pieces: list[str] = []
-        state: list[Decoding] = []
+        state: list[tuple[Decoding, list[int]]] = []
         new = ids if decoding is None else ids[known:]
 
         def heard(
             new: Sequence[int] = new,
             before: Decoding | None = decoding,
             pieces: list[str] = pieces,
-            state: list[Decoding] = state,
+            state: list[tuple[Decoding, list[int]]] = state,
             number: int = number,
         ) -> Iterator[str]:
             for piece in written(_numbered(talk, number), new, {}, before, state.append):
@@ -196,8 +196,10 @@ def conversation(
         yield heard()
         said.append(Message("assistant", "".join(pieces).strip()))
         # The answer as the template has it may be other ids than those that were drawn.
-        decoding, known = state[-1], len(encode(template, said, tokenizer).ids)
-        if known != decoding.length or not said[-1].text:
+        decoding, drawn = state[-1]
+        anew = encode(template, said, tokenizer).ids.tolist()
+        known = len(anew)
+        if anew != [*ids, *drawn] or not said[-1].text:
             decoding, known = None, 0
         if not said[-1].text:
             said = said[:-2]
@@ -208,7 +210,7 @@ def written(
     ids: Sequence[int],
     inputs: dict[str, jax.Array],
     decoding: Decoding | None = None,
-    at_end: Callable[[Decoding], None] = lambda decoding: None,
+    at_end: Callable[[tuple[Decoding, list[int]]], None] = lambda ended: None,
 ) -> Iterator[str]:
     """Yields what follows on ids, as text, as soon as it is whole characters.
 
@@ -217,7 +219,8 @@ def written(
       ids: that are read first.
       inputs: see `model.stream.read`.
       decoding: of what stands before them, or None.
-      at_end: is given the decoding at the end, in which the answer has been read.
+      at_end: is given the decoding at the end, in which the answer has been read, and the ids
+        that were drawn.
 
     Raises:
       ValueError: the ids leave no room for an answer.
@@ -232,11 +235,13 @@ def written(
     end = run.tokenizer.end_of_document
     decoding = read(run.model, talk.weights, decoding, ids, inputs)
     new: list[int] = []
+    ended: list[int] = []
     shown = ""
     while len(new) < talk.max_new_tokens and decoding.length < slots:
         token = draw(decoding, jax.random.fold_in(talk.key, len(new)), talk.sampling)
         decoding = read(run.model, talk.weights, decoding, [token])
         if token == end:
+            ended.append(token)
             break
         new.append(token)
         piece, shown = fresh(run.tokenizer, new, shown)
@@ -245,7 +250,7 @@ def written(
     whole = run.tokenizer.decode(new)
     if whole[len(shown) :]:
         yield whole[len(shown) :]
-    at_end(decoding)
+    at_end((decoding, new + ended))
 
 
 def searched(talk: Talk, beam: Beam, ids: Sequence[int], inputs: dict[str, jax.Array]) -> str:

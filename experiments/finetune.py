@@ -134,7 +134,12 @@ def settings_of(command: Finetune, methods: tuple[Any, ...] = ()) -> tuple[Setti
         command.column_names,
         command.bad_rows,
     )
-    paths = _pairs("data", command.data) or command.task.files.paths
+    if command.task.files != TaskFiles():
+        raise ValueError(
+            "--task.files is filled in from --data, --columns, --separator, --column-names, "
+            "--bad-rows and --share; give those"
+        )
+    paths = _pairs("data", command.data)
     files = TaskFiles(paths, form, share=command.share, share_seed=command.seed)
     task = dataclasses.replace(command.task, files=files).resolve()
     parent = start_run(command.start, command.out / "start", command.tokenizer)
@@ -152,8 +157,9 @@ def settings_of(command: Finetune, methods: tuple[Any, ...] = ()) -> tuple[Setti
             raise ValueError(f"a start from {command.start} keeps its model; leave --model out")
     if command.dropout is not None:
         model = dataclasses.replace(model, dropout=command.dropout)
+    steps = 1 if command.steps is None else command.steps
     settings = Settings(
-        phases=(Phase(command.steps or 1, model, command.batch_size, command.sequence_length),),
+        phases=(Phase(steps, model, command.batch_size, command.sequence_length),),
         data=(),
         tokenizer=tokenizer,
         seed=command.seed,
@@ -177,7 +183,8 @@ def settings_of(command: Finetune, methods: tuple[Any, ...] = ()) -> tuple[Setti
             settings = dataclasses.replace(
                 settings, phases=(dataclasses.replace(phase, steps=steps),)
             )
-        evaluate_every = evaluate_every or max(1, min(epoch // 4, settings.steps))
+        if evaluate_every is None:
+            evaluate_every = max(1, min(epoch // 4, settings.steps))
     loop = LoopSettings(
         command.log_every,
         evaluate_every,
@@ -217,7 +224,10 @@ def main() -> int:
         return 128 + outcome.signal
     if outcome.reason == "nonfinite":
         return 3
-    if is_main() and jax.process_count() == 1:
+    if jax.process_count() > 1:
+        if is_main():
+            print("the test split, answers and forgetting: give the same command to one process")
+    else:
         figures = report_task(command.out, command.forgetting)
         print("\n".join(describe_report(command.out, settings, figures)))
     return 0

@@ -26,7 +26,7 @@ from train.loop import LoopSettings
 from train.records import Row, plain, read_rows
 from train.settings import Settings, digest, essential
 
-_IN_A_FOLDER = re.compile(r".*[/\\]([0-9a-f]{16}(@\d+)?)")  # of cells
+_IN_A_FOLDER = re.compile(r".*[/\\]([0-9a-f]{16}(@\d+|[/\\]tokenizer)?)")  # of cells
 ENDS = ("finished", "target", "patience", "nonfinite")  # not "signal": that cell goes on
 
 
@@ -234,6 +234,8 @@ def without_folders(values: Any) -> Any:
 
     >>> without_folders({"parent": "runs/cells/0123456789abcdef@300", "data": ["a/b.txt"]})
     {'parent': '0123456789abcdef@300', 'data': ['a/b.txt']}
+    >>> without_folders("runs/cells/0123456789abcdef/tokenizer")
+    '0123456789abcdef/tokenizer'
     >>> without_folders({"paths": [["train", "a/b.tsv"]], "sha256": ["c3ab"]})
     {'sha256': ['c3ab']}
     """

@@ -9,7 +9,8 @@ Shapes: B rows, T time, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,6 @@ def continuation_scores(
                 "model sees"
             )
         rows.append([*context, *continuation][-(most + 1) :])
-    measure = jax.jit(_measure(run.model))
     scores = [Scored(0.0, True)] * len(rows)
     by_shape: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
@@ -77,7 +77,8 @@ def continuation_scores(
                 row, scored = rows[number], len(pairs[number][1])
                 ids[place, : len(row)] = row
                 counted[place, len(row) - 1 - scored : len(row) - 1] = True
-            found, greedy = jax.device_get(measure(run.params, ids[:, :-1], ids[:, 1:], counted))
+            args = (run.params, ids[:, :-1], ids[:, 1:], counted)
+            found, greedy = jax.device_get(_measure(run.model, *args))
             for place, number in enumerate(chosen):
                 scores[number] = Scored(float(found[place]), bool(greedy[place]))
     return scores
@@ -243,10 +244,16 @@ def generation_of(asked: dict[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
-def _measure(model: Model) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(params, tokens, targets, counted [B, T]) -> sums of log-probabilities, all the likeliest."""
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(
+    model: Model, params: Any, tokens_BT: Any, targets_BT: Any, counted_BT: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns sums of log-probabilities, and whether each was of the likeliest, [B] each.
 
-    def row(params: Any, part: Any) -> tuple[jax.Array, jax.Array]:
+    Compiled once for each model and shape, however many texts are asked for.
+    """
+
+    def row(part: Any) -> tuple[jax.Array, jax.Array]:
         final_TD, targets_T, counted_T = part
         logits_TV = head(model, params, final_TD)
         log_p_TV = jax.nn.log_softmax(logits_TV)
@@ -254,12 +261,9 @@ def _measure(model: Model) -> Callable[..., tuple[jax.Array, jax.Array]]:
         likeliest_T = logits_TV.argmax(axis=-1) == targets_T
         return jnp.where(counted_T, log_p_T, 0).sum(), (likeliest_T | ~counted_T).all()
 
-    def measure(params: Any, tokens_BT: Any, targets_BT: Any, counted_BT: Any) -> Any:
-        final_BTD = features(model, params, tokens_BT).final
-        # A row at a time: [B, T, V] is never held.
-        return jax.lax.map(lambda part: row(params, part), (final_BTD, targets_BT, counted_BT))
-
-    return measure
+    final_BTD = features(model, params, tokens_BT).final
+    # A row at a time: [B, T, V] is never held.
+    return jax.lax.map(row, (final_BTD, targets_BT, counted_BT))
 
 
 def _shape(length: int, most: int) -> int:

@@ -1,6 +1,6 @@
 """Finds the passages of a corpus that a question asks for: BM25, by the library bm25s.
 
-    python -m experiments.retrieval --squad squad/dev.json --k 1 5 20 100
+    python -m experiments.retrieval --squad squad/dev-v1.1.json.zip --k 1 5 20 100
 
     index = build_index(passages)
     index.search(["who wrote it?"], k=5)
@@ -12,16 +12,16 @@ extra `retrieval`.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.cli import run_main
+from train.squad_files import read_squad
+from train.tasks_rows import said_of
 
 WORDS = r"(?u)\b\w+\b"
 """Words of passages and questions: single digits and letters count too."""
@@ -166,12 +166,13 @@ class Retrieval:
     """What to search in.
 
     Attributes:
-      squad: file in the form of SQuAD; its paragraphs are the corpus, its questions are asked.
+      squad: file of SQuAD (see `train.squad_files`); the paragraphs that it asks about are the
+        corpus, its questions are asked.
       k: passages to look among.
       most: questions asked, the first ones; None for all.
     """
 
-    squad: Path
+    squad: str
     k: tuple[int, ...] = (1, 5, 20, 100)
     most: int | None = None
 
@@ -180,41 +181,31 @@ def run_command(command: Retrieval) -> list[str]:
     """Indexes, searches; returns lines with recall at k by paragraph and by answer.
 
     Raises:
-      ValueError: the file is not in the form of SQuAD, or has no questions.
+      ValueError: no file of SQuAD, or one without questions.
     """
-    passages, questions, homes, answers = _squad(command.squad, command.most)
+    everything, bad = read_squad(command.squad)
+    passages = list(dict.fromkeys(question.paragraph for question in everything))
+    asked = everything[: command.most]
+    if not asked:
+        raise ValueError(
+            f"{command.squad} asks no questions" + (f"; {said_of(bad)}" if bad else "")
+        )
     index = build_index(passages)
     ks = sorted({min(k, len(passages)) for k in command.k})
-    hits = index.search(questions, max(ks))
-    own = recall_at(hits, [{home} for home in homes], ks)
+    hits = index.search([question.text for question in asked], max(ks))
+    numbers = {passage: number for number, passage in enumerate(passages)}
+    own = recall_at(hits, [{numbers[question.paragraph]} for question in asked], ks)
+    answers = [[answer.text for answer in question.answers] for question in asked]
     any_of_them = [
         {int(p) for p in row if p >= 0 and holding([passages[int(p)]], wanted)}
         for row, wanted in zip(hits.passages, answers, strict=True)
     ]
     held = recall_at(hits, any_of_them, ks)
-    lines = [f"{len(questions):,} questions, {len(passages):,} passages"]
+    lines = [f"{len(asked):,} questions, {len(passages):,} passages"]
+    if bad:
+        lines.append(said_of(bad))
     lines.append(f"{'k':>6}{'own paragraph':>16}{'with the answer':>18}")
     return lines + [f"{k:>6}{own[k]:>15.1%} {held[k]:>16.1%}" for k in ks]
-
-
-def _squad(path: Path, most: int | None) -> tuple[list[str], list[str], list[int], list[list[str]]]:
-    """Passages, questions, the passage of each question, and its answers."""
-    try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
-        passages: list[str] = []
-        asked: list[tuple[str, int, list[str]]] = []
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    texts = [answer["text"] for answer in qa["answers"]]
-                    asked.append((qa["question"], len(passages), texts))
-                passages.append(paragraph["context"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not in the form of SQuAD ({error!r})") from error
-    if not asked:
-        raise ValueError(f"{path} asks no questions")
-    asked = asked[:most]
-    return passages, [a[0] for a in asked], [a[1] for a in asked], [a[2] for a in asked]
 
 
 def main() -> None:

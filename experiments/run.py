@@ -71,7 +71,7 @@ class Run:
 
 
 def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
-    """Opens a run at `step`, or at its newest intact checkpoint.
+    """Opens a run at `step`, or at its newest intact checkpoint; of a task, at the best there is.
 
     Raises:
       FileNotFoundError: the folder is no run, or has no such checkpoint.
@@ -82,6 +82,8 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
     tokenizer = load_tokenizer(folder / "tokenizer")
     with Checkpoints(folder / "checkpoints", mode="read") as checkpoints:
         there = checkpoints.steps()
+        if step is None and settings.task is not None:
+            step = checkpoints.best_step()
         at = step if step is not None else (there[-1] if there else 0)
         # At the end of a phase, phase_at() names the next one, and the model is still this one's.
         phase = settings.phases[_phase_of(checkpoints, settings, at)]

@@ -18,6 +18,7 @@ from experiments.run import read_json, write_json
 from experiments.squad_floor import floor_scores
 from experiments.squad_metrics import official, squad_scores
 from train.squad_files import read_squad
+from train.tasks_rows import said_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ def run_command(command: SquadScore) -> list[str]:
       ValueError: a damaged file, or predictions for questions that are not in the data.
     """
     answers = read_predictions(command.predictions)
-    questions, _ = read_squad(command.data)
+    questions, bad = read_squad(command.data)
     titles = {question.title for question in questions if question.id in answers}
     asked = [question for question in questions if question.title in titles]
     references = {question.id: [answer.text for answer in question.answers] for question in asked}
     lines = [f"{len(asked):,} questions of {len(titles)} articles, {len(answers):,} answered"]
+    if bad:
+        lines.append(said_of(bad))
     figures = {"predictions": squad_scores(answers, references)}
     if command.floor:
         figures["sliding window"] = floor_scores(asked)

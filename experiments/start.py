@@ -106,7 +106,7 @@ def start_of(
     try:
         found = checkpoints.restore(wanted)
     except FileNotFoundError:
-        return _begin(settings, parts_of(0), layout_of(0), out)
+        return _begin(settings, tokenizer, parts_of(0), layout_of(0), out)
     index = index_of(found.info)
     parts, layout = parts_of(index), layout_of(index)
     shardings = of_state(layout, abstract_state(settings, parts))
@@ -136,7 +136,9 @@ def _for_workers(state: State, workers: int, parts: Parts) -> State:
     return replace(state, extra={**state.extra, **moved})
 
 
-def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start:
+def _begin(
+    settings: Settings, tokenizer: Tokenizer, parts: Parts, layout: Layout, out: Path
+) -> Start:
     """Returns the start of a new run: parameters drawn, or taken from the parent."""
     split = parts.plugs.split
     whole = abstract_whole(settings, parts.config)
@@ -146,7 +148,7 @@ def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start
             lambda: initial_params(settings, parts.config), out_shardings=of_params(layout, whole)
         )()
     else:
-        adopted, heads = _adopt(settings, parts.config)
+        adopted, heads = _adopt(settings, tokenizer, parts.config)
         adopted = pad_vocabulary(adopted, settings.vocabulary_multiple)
         given = spread(adopted, of_params(layout, whole))
     frozen = abstract_frozen(settings, parts)
@@ -164,17 +166,25 @@ def _begin(settings: Settings, parts: Parts, layout: Layout, out: Path) -> Start
     return Start(state, frozen, keep_frozen(out, frozen), {})
 
 
-def _adopt(settings: Settings, config: TransformerConfig) -> tuple[PyTree, PyTree]:
+def _adopt(
+    settings: Settings, tokenizer: Tokenizer, config: TransformerConfig
+) -> tuple[PyTree, PyTree]:
     """Returns the parameters of another run, grown if they are of a smaller model, and its heads.
 
     Heads are kept where the task is the same, with the same labels.
 
     Raises:
-      ValueError: the parent's model has another config, into which it does not grow.
+      ValueError: the parent's model has another config, into which it does not grow, or it reads
+        other pieces.
     """
     parent = settings.parent
     assert parent is not None
     run = open_run(*parse_parent(parent))
+    if run.tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise ValueError(
+            f"{parent} was trained with another tokenizer, whose ids mean other pieces; give this "
+            f"run that one: {run.folder / 'tokenizer'}"
+        )
     growth = settings.phases[0].growth
     # What is dropped in training belongs to no parameter, and may be chosen anew.
     dropped = {name: getattr(config, name) for name in ("dropout", "layer_drop", "token_drop")}
@@ -211,8 +221,8 @@ def _adopt(settings: Settings, config: TransformerConfig) -> tuple[PyTree, PyTre
 
 def _fits(ours: Any, theirs: Any) -> bool:
     """Whether the head of one task is one of another: for the same labels, if it has any."""
-    labels = [getattr(task, "labels", ()) for task in (ours, theirs)]
-    return type(ours) is type(theirs) and labels[0] == labels[1]
+    about = [(getattr(t, "labels", ()), getattr(t, "by", "head")) for t in (ours, theirs)]
+    return type(ours) is type(theirs) and about[0] == about[1]
 
 
 def _say(text: str) -> None:

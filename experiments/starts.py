@@ -16,7 +16,7 @@ import optax
 
 from experiments.convert import from_huggingface
 from experiments.folders import check_free, made_at_once
-from experiments.run import parse_parent, read_settings, write_json
+from experiments.run import parse_parent, read_json, read_settings, write_json
 from model import llama2c
 from parallel.agreement import by_main
 from train.checkpoints import Checkpoints
@@ -38,7 +38,8 @@ def start_run(spec: str, made: Path, tokenizer: str | None = None) -> str | None
         has its own.
 
     Raises:
-      ValueError: there is no such start, or the tokenizer is that of another model.
+      ValueError: there is no such start, the tokenizer is that of another model, or `made` was made
+        of another one.
     """
     if spec == SCRATCH:
         return None
@@ -49,7 +50,10 @@ def start_run(spec: str, made: Path, tokenizer: str | None = None) -> str | None
 
         def make() -> None:
             if (made / "settings.json").exists():
+                _check_made(made, name, tokenizer)
                 return
+            if not Path(name).exists():
+                raise ValueError(f"{name} is not there; nothing is fetched, so download it first")
             if kind == "hf":
                 from_huggingface(Path(name), made, tokenizer)
             else:
@@ -66,6 +70,17 @@ def start_run(spec: str, made: Path, tokenizer: str | None = None) -> str | None
             f"{error}. A start is a run (RUN or RUN@STEP), hf:FOLDER, llama2c:FILE.bin or scratch"
         ) from None
     return spec
+
+
+def _check_made(made: Path, name: str, tokenizer: str | None) -> None:
+    """Raises ValueError if `made` was made of something else."""
+    ours = (str(Path(name)), str(Path(name)) if tokenizer is None else tokenizer)
+    theirs = (read_json(made / "result.json")["from"], read_settings(made).tokenizer)
+    if ours != theirs:
+        raise ValueError(
+            f"{made} was made of {theirs[0]} with the tokenizer of {theirs[1]}, not of {ours[0]} "
+            f"with that of {ours[1]}; choose another folder"
+        )
 
 
 def from_llama2c(weights: Path, out: Path, tokenizer: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from experiments.prepare import begin_data, keep_tokenizer, record_facts
 from parallel.agreement import by_main, together
 from train.settings import Settings
-from train.tasks import TRAIN, Examples, share_of
+from train.tasks import Examples
 from train.tasks_rows import said_of
 from train.tokenizers import Tokenizer
 
@@ -59,7 +59,6 @@ def read_task(task: Any, tokenizer: Tokenizer, length: int) -> TaskData:
     """
     files = task.files
     splits = {split: task.examples(split, tokenizer, length) for split, _ in files.paths}
-    splits[TRAIN] = share_of(splits[TRAIN], files.share, files.share_seed)
     return TaskData(dict(files.paths), splits)
 
 
@@ -68,9 +67,10 @@ def describe_task(data: TaskData) -> list[str]:
     lines = []
     for split, examples in data.splits.items():
         about = f"{split} {data.paths[split]}: {examples.size:,} examples"
+        if examples.size != (rows := len(examples.rows)):
+            about += f" of {rows:,} rows"  # packed, or in windows
         if examples.cut:
-            length = examples.arrays["tokens"].shape[1]
-            about += f", {examples.cut:,} longer than {length} tokens and cut"
+            about += f", {examples.cut:,} cut, as they are too long"
         lines.append(about)
         if examples.bad:
             lines.append(f"{split} {data.paths[split]}: {said_of(examples.bad)}")

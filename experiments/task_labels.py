@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from train.tasks_classification import ONE, Classification, Regression
+from train.tasks_classification import Classification, Regression, template_for
 
 PLAIN = "{text}"
 """What a row is to a classifier of transformers: the text, without ends of documents."""
@@ -35,8 +35,15 @@ def labels_of(task: Any) -> tuple[str, ...] | None:
 
 
 def template_of(task: Classification | Regression) -> str:
-    """Returns what a row is to a task."""
-    return task.template or ONE
+    """Returns what a row is to a task.
+
+    >>> from train.tasks import TaskFiles
+    >>> from train.tasks_rows import RowFormat
+    >>> pairs = TaskFiles(form=RowFormat(columns=(("text2", "hypothesis"),)))
+    >>> template_of(Classification(files=pairs)), template_of(Classification())
+    ('{end}{text}{end}{text2}{end}', '{end}{text}{end}')
+    """
+    return template_for(task)
 
 
 def task_of(labels: Sequence[str]) -> Classification | Regression:

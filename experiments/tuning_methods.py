@@ -13,10 +13,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from model.config import EncoderDecoderConfig, TransformerConfig
 from model.rules import leaf_paths
 from train.methods import Plugs, Setup
 from train.partition import trains_also
 from train.unfreezing import last_to_begin, layer_decay, unfreezing, unfreezing_updates
+
+
+def blocks_of(config: TransformerConfig) -> int:
+    """Returns the blocks that lie one on another: of the longer side of an encoder-decoder.
+
+    >>> from model.presets import encoder_decoder_tiny, gpt2_tiny
+    >>> blocks_of(encoder_decoder_tiny(encoder_layers=5)), blocks_of(gpt2_tiny())
+    (5, 2)
+    """
+    if isinstance(config, EncoderDecoderConfig):
+        return max(config.layers, config.encoder_layers)
+    return config.layers
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class LayerDecay:
 
     def build(self, setup: Setup) -> Plugs:
         """Scales the updates."""
-        return Plugs(updates=(layer_decay(self.decay, setup.config.layers),))
+        return Plugs(updates=(layer_decay(self.decay, blocks_of(setup.config)),))
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ class Unfreeze:
         Raises:
           ValueError: the run ends before its embeddings begin.
         """
-        layers = setup.config.layers
+        layers = blocks_of(setup.config)
         every = self.every
         if every is None:
             every = max(1, (setup.steps // 2 - self.start) // max(layers, 1))

@@ -13,6 +13,7 @@ from experiments.ablate.tables import Request, complete
 from experiments.grid import Cell
 from model.presets import modern_mini
 from tests.test_run import own_cache  # noqa: F401 (fixture)
+from train.sources import open_source
 
 
 @pytest.fixture
@@ -27,6 +28,17 @@ def request_(tmp_path):
     plays = tmp_path / "plays.txt"
     plays.write_text("To be, or not to be: that is the question. " * 40)
     return Request(tmp_path / "cells", seeds=1, sst2=folder, shakespeare=plays)
+
+
+def test_pieces_are_learned_from_the_same_sentences_everywhere(request_):
+    """A row that starts from the language model is given no tokenizer: it learns the same one."""
+    items = sst2.cells(request_)
+    (language,) = [item for item in items if item.name == sst2.LANGUAGE]
+    texts = language.needs[0]
+    texts.function(texts.settings)
+    first, *_ = language.settings.data
+    (full,) = [item.needs[0] for item in items if item.name == sst2.FULL]
+    assert list(open_source(first).documents()) == list(full.settings.task.texts())
 
 
 def test_rows_share_their_model_pieces_and_labels(request_, tmp_path):

@@ -30,10 +30,14 @@ def test_rows_share_their_model_and_texts(request_, tmp_path):
     parents = [item for item in items if item.name == table.LANGUAGE]
     of_seed = [[None, None, str(request_.cells / parent.key)] for parent in parents]
     assert [run.settings.parent for run in runs] == [*of_seed[0], *of_seed[1]]
+    # Ids of the language model mean its own pieces: those of other texts come in another order.
+    pieces = [f"{run.settings.parent}/tokenizer" for run in runs if run.settings.parent]
+    assert [run.settings.tokenizer for run in runs if run.settings.parent] == pieces
     assert [run.settings.task.mark for run in runs] == [False, True, True] * 2
     moved = tmp_path / "moved.json"
     request_.squad.rename(moved)
-    elsewhere = table.cells(dataclasses.replace(request_, squad=moved))
+    there = dataclasses.replace(request_, squad=moved, cells=tmp_path / "other" / "cells")
+    elsewhere = table.cells(there)
     assert [item.key for item in elsewhere] == [item.key for item in items]
     assert table.cells(Request()) == []
     assert "--squad" in table.notes(Request())[0]

@@ -124,6 +124,19 @@ def test_a_conversation_is_answered_from_the_cache_as_if_read_anew(strict):
             so_far = so_far[:-2]
 
 
+def test_an_answer_that_its_template_writes_otherwise_is_read_anew(monkeypatch):
+    """A tab in place of the space: as many ids, and others."""
+    model, params = built()
+    begun = []
+    monkeypatch.setattr(chat, "begin", lambda *args: begun.append(1) or begin(*args))
+    for first, wanted in (" ", 1), ("\t", 2):
+        begun.clear()
+        drawn = iter(2 * [*TOKENIZER.encode(f"{first}hi").tolist(), TOKENIZER.end_of_document])
+        monkeypatch.setattr(chat, "draw", lambda *_, drawn=drawn: next(drawn))
+        assert said(talk_of(model, params), "chat", ["a", "b"]) == 2 * [f"{first}hi"]
+        assert len(begun) == wanted
+
+
 @pytest.mark.slow
 def test_where_positions_end_the_oldest_questions_go():
     model, params = built(max_length=48)
@@ -253,6 +266,15 @@ def test_bad_conversations_are_named_or_skipped(tmp_path):
     assert ([row.line for row in found.rows], [row.line for row in found.bad]) == ([1], [2, 3, 4])
     with pytest.raises(ValueError, match="no answer fits"):
         task.examples("train", TOKENIZER, 2)
+    lone = '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant"}]}'
+    first = Instructions(
+        files(tmp_path, ["{", lone.replace("}]", ', "content": "a"}]'), CHATS[0]], "skip")
+    )
+    found = first.resolve().examples("train", TOKENIZER, 20)
+    assert [row.line for row in found.bad] == [1, 2]
+    named = dataclasses.replace(task.files, form=RowFormat((("prompt", "question"),)))
+    with pytest.raises(ValueError, match="leave columns, separator and names out"):
+        dataclasses.replace(task, files=named).examples("train", TOKENIZER, 20)
 
 
 def test_prompts_and_answers_may_be_columns(tmp_path):

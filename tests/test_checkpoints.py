@@ -267,7 +267,7 @@ def test_another_structure_is_an_error_that_names_the_leaves(tmp_path):
         ({"keep_last": 1, "keep_best": 2}, [3.0, 1.0, 2.0, 1.5, None], [2, 4, 5], 2),
         ({"keep_last": 1, "keep_best": 1}, [3.0, 1.0, float("nan"), -float("inf"), 9.0], [2, 5], 2),
         ({"keep_last": 2, "keep_best": 1}, [None] * 4, [3, 4], None),
-        ({"keep_last": 1, "keep_best": 1}, [1.0, 1.0, 2.0], [2, 3], 2),
+        ({"keep_last": 1, "keep_best": 1}, [1.0, 1.0, 2.0], [1, 3], 1),
     ],
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, settings, losses, kept, best):

@@ -105,6 +105,28 @@ def test_noise_has_the_stated_deviation_and_a_key_of_its_own(case):
     assert abs(flat[0].mean()) * B / (clip * sigma) < 0.05
 
 
+def test_noise_is_no_draw_of_a_row():
+    """What a row draws from its key is in its gradient, and must not be in the noise as well."""
+
+    def loss(params, batch, context):
+        # As the noise of one leaf is drawn.
+        drawn = jax.random.normal(jax.random.split(context.rng, 1)[0], params.shape)
+        value = (params * drawn * batch["tokens"]).sum()
+        return value, {"loss": value}
+
+    loss.counts = lambda batch: {}
+    rows, params = 512, jnp.zeros(8)
+
+    def gradient(noise, tokens):
+        batch = {"tokens": tokens}
+        return per_example(1e6, noise, 4)(loss, params, batch, context())[0] * rows
+
+    noise = gradient(1e-6, jnp.zeros((rows, 1)))
+    each = jax.lax.map(lambda n: gradient(0.0, jnp.eye(rows)[n][:, None]), jnp.arange(rows))
+    assert float(jnp.abs(noise).min()) > 0
+    assert float(jnp.abs(each - noise).max(axis=1).min()) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

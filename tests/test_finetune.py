@@ -26,6 +26,7 @@ from train.schedules import Constant, Linear
 from train.settings import Phase, Settings
 from train.tasks import TaskFiles
 from train.tasks_classification import Classification, Regression
+from train.tokenizers import train_sentencepiece
 
 pytest.importorskip("sklearn")
 T = 12
@@ -260,6 +261,20 @@ def test_a_start_brings_model_and_tokenizer(files, parent, tmp_path):
         settings_of(command(files, tmp_path / "b", forgetting="stdlib", steps=1))
 
 
+def test_a_start_with_other_pieces_is_refused(files, tmp_path):
+    """As many ids, each of another piece: nothing else would tell."""
+    pieces = train_sentencepiece([f"{a}{b}" for a in "abcdwxyz" for b in "abcdwxyz"], 280)
+    ours, theirs = (tmp_path / name for name in ("ours", "theirs"))
+    pieces.save(ours)
+    train_sentencepiece(["to be or not to be, that is the question"] * 9, 280).save(theirs)
+    first = settings_for(files, tokenizer=str(theirs))
+    execute(first, tmp_path / "first", QUIET)
+    settings = settings_for(files, tokenizer=str(ours), parent=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match=r"another tokenizer.*first/tokenizer"):
+        execute(settings, tmp_path / "run", QUIET)
+    assert not (tmp_path / "run" / "settings.json").exists()
+
+
 def test_command_lines_that_say_nothing_are_refused(files, tmp_path):
     for change, why in (
         ({"data": ("train",)}, "give NAME=VALUE"),
@@ -267,6 +282,9 @@ def test_command_lines_that_say_nothing_are_refused(files, tmp_path):
         ({"data": ("trian=a", "valid=b")}, "no split is called 'trian'"),
         ({"data": ()}, "no train file"),
         ({"epochs": 0.0}, "epochs is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"task": Classification(TaskFiles(share=0.5))}, "from --data.*give those"),
+        ({"evaluate_every": 0}, "evaluate_every is 0"),
     ):
         with pytest.raises(ValueError, match=why):
             settings_of(command(files, tmp_path / "run", **change))
@@ -285,6 +303,9 @@ def test_llama2c_weights_become_a_run(tmp_path, monkeypatch):
     assert run.model.config == load(path)[0]
     assert bits(run.params) == bits(load(path)[1])
     assert start_run(f"llama2c:{path}", tmp_path / "run", str(vocabulary)) == spec  # made once
+    shutil.copy(path, tmp_path / "b.bin")
+    with pytest.raises(ValueError, match=r"run was made of .*a\.bin.*not of .*b\.bin"):
+        start_run(f"llama2c:{tmp_path / 'b.bin'}", tmp_path / "run", str(vocabulary))
     with pytest.raises(ValueError, match="comes without a tokenizer"):
         start_run(f"llama2c:{path}", tmp_path / "other")
     with pytest.raises(ValueError, match="has 260 ids and the tokenizer bytes has 257"):

@@ -58,6 +58,14 @@ def our_loss(run, ids, length, stride):
     return means["loss"] * means["tokens"]
 
 
+def test_texts_of_one_shape_are_one_program(run, compilations):
+    ids = run.tokenizer.encode(TEXT)[:24].tolist()
+    first = text_score(run, ids, length=8)
+    before = sum(compilations.values())
+    assert text_score(run, ids, length=8) == first
+    assert sum(compilations.values()) == before
+
+
 def test_a_text_is_as_probable_as_our_evaluation_says(run):
     """Windows side by side, whose last is whole: 1 + 3 * 8 tokens."""
     end = run.tokenizer.end_of_document

@@ -1,5 +1,6 @@
 """Retrieval: BM25 against its formula, order, recall, and SQuAD's form."""
 
+import gzip
 import json
 import math
 
@@ -69,22 +70,30 @@ def test_what_does_not_fit_is_refused(call, words):
 
 
 def test_the_command_reads_squad(tmp_path):
-    def paragraph(context, *qas):
-        asked = [{"question": q, "answers": [{"text": a, "answer_start": 0}]} for q, a in qas]
+    def paragraph(number, *qas):
+        context = PASSAGES[number]
+        asked = [
+            {
+                "id": f"{number}{n}",
+                "question": q,
+                "answers": [{"text": a, "answer_start": context.find(a)}],
+            }
+            for n, (q, a) in enumerate(qas)
+        ]
         return {"context": context, "qas": asked}
 
+    first, second = (PASSAGES[n].split()[0] for n in (1, 2))
     paragraphs = [
-        paragraph(PASSAGES[1], ("Which bird met the dog?", "a cat")),
-        paragraph(PASSAGES[2], ("Who was in the house?", "Nobody"), ("zebra?", "7")),
+        paragraph(1, ("Which bird met the dog?", first)),
+        paragraph(2, ("Who was in the house?", second), ("zebra?", second), ("x?", "not there")),
     ]
-    path = tmp_path / "squad.json"
-    path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
-    lines = run_command(Retrieval(path, (1, 100)))
+    path = tmp_path / "squad.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"data": [{"paragraphs": paragraphs}]}).encode()))
+    lines = run_command(Retrieval(str(path), (1, 100)))
     assert lines[0] == "3 questions, 2 passages"
-    assert [line.split() for line in lines[2:]] == [
-        ["1", "66.7%", "66.7%"],
-        ["2", "66.7%", "66.7%"],
-    ]
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="not in the form of SQuAD"):
-        run_command(Retrieval(path))
+    assert lines[1].startswith("1 row was left out")
+    assert "does not occur" in lines[1]
+    assert [line.split()[:2] for line in lines[3:]] == [["1", "66.7%"], ["2", "66.7%"]]
+    path.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match="no file of SQuAD"):
+        run_command(Retrieval(str(path)))

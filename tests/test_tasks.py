@@ -18,7 +18,7 @@ from train.plugs import Context
 from train.settings import Phase, Settings, from_json, to_json
 from train.tasks import TaskFiles, pad_rows, task_batches, task_evaluation_batches
 from train.tasks_classification import Classification, Regression
-from train.tasks_rows import Row
+from train.tasks_rows import Row, RowFormat
 from train.tasks_text import columns_of, encode_rows
 from train.tokenizers import load_tokenizer
 
@@ -130,6 +130,31 @@ def test_rows_are_cut_and_keep_their_end(files):
     assert not row["tokens"][0, n:].any()
     np.testing.assert_array_equal(row["targets"][:, :-1], row["tokens"][:, 1:])
     np.testing.assert_array_equal(row["weights"].sum(axis=1), row["lengths"] - 1)
+
+
+def test_a_second_sentence_is_read_wherever_it_is_named(tmp_path):
+    path = tmp_path / "pairs.txt"
+    path.write_text("a|b|yes\nc|d|no\n")
+    for form in (
+        RowFormat(separator="|", names=("text", "text2", "label")),
+        RowFormat((("text2", "other"),), "|", ("text", "other", "label")),
+    ):
+        task = Classification(TaskFiles((("train", str(path)), ("valid", str(path))), form))
+        found = arrays_of(task.resolve()).arrays
+        assert found["tokens"][0, :5].tolist() == [256, 97, 256, 98, 256]
+
+
+def test_a_share_of_the_rows_is_drawn_and_of_no_other_split(files):
+    half = Classification(dataclasses.replace(files, share=0.5, share_seed=3)).resolve()
+    found = arrays_of(half)
+    lines = [row.line for row in found.rows]
+    assert len(lines) == found.size == round(0.5 * len(LINES))
+    assert lines == sorted(lines)
+    whole = arrays_of(Classification(files).resolve())
+    at = [[row.line for row in whole.rows].index(line) for line in lines]
+    for name, array in found.arrays.items():
+        assert np.array_equal(array, whole.arrays[name][at])
+    assert half.examples("valid", load_tokenizer("bytes"), T).size == len(LINES)
 
 
 def test_labels_come_from_the_training_file_and_no_other(files, tmp_path):

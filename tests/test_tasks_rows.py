@@ -33,6 +33,7 @@ def write(tmp_path, name, content):
         ),
         ("a.dev", '1 a "good" one\n0 bad, very\n', RowFormat((), " ", ("label", "text"))),
         ("a.txt", 'label|text\n1|a "good" one\n0|bad, very', RowFormat((), "|")),
+        ("b.txt", 'label text\n1 a "good" one\n0 bad, very\n', RowFormat((), " ")),
     ],
 )
 def test_one_table_in_every_kind_of_file(tmp_path, name, content, form):

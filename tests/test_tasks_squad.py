@@ -182,6 +182,12 @@ def test_files_that_do_not_go_together(path, tmp_path):
         resolved((TRAIN, path), (TEST, other))
     fresh = write_squad(tmp_path / "c.json", [colours(9)])
     task = resolved((TRAIN, path), (VALID, fresh))
+    for changes in (
+        {"articles": (("Colours 9", TRAIN),)},
+        {"shares": ((TRAIN, 0.5), (VALID, 0.5))},
+    ):
+        with pytest.raises(ValueError, match="divide a file that splits share"):
+            dataclasses.replace(task, **changes).resolve()
     write_squad(fresh, [colours(10)])
     with pytest.raises(ValueError, match=r"c\.json has changed"):
         task.resolve()
@@ -197,7 +203,7 @@ def test_what_is_no_question_stops_or_is_counted(tmp_path):
     skipping = dataclasses.replace(files, form=RowFormat(bad_rows="skip"))
     task = Squad(skipping, ((TRAIN, 0.5), (VALID, 0.5))).resolve()
     examples = [task.examples(split, BYTES, T) for split in (TRAIN, VALID)]
-    assert [len(one.bad) for one in examples] == [1, 1]
+    assert [len(one.bad) for one in examples] == [1, 0]  # of one file, so it is told once
     assert sum(len(one.rows) for one in examples) == 4 * 9 - 1
 
 

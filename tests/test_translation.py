@@ -82,6 +82,21 @@ def test_packed_rows_hold_every_pair_once_with_its_target_alone_in_the_loss(form
     )
 
 
+def test_a_share_is_one_of_pairs_not_of_packed_rows(tmp_path):
+    pairs = [(f"s {n}", f"t {n}") for n in range(40)]
+    held = files(tmp_path, pairs)
+    seen = []
+    for share in (0.05, 0.25):
+        part = dataclasses.replace(held, share=share)
+        task = Translation(part).resolve()
+        found = task.examples("train", TOKENIZER, 64)
+        assert len(found.rows) == share * len(pairs)
+        assert int((found.arrays["tokens"] == END).sum()) == len(found.rows)
+        assert len(task.examples("valid", TOKENIZER, 64).rows) == len(pairs)
+        seen.append({row.line for row in found.rows})
+    assert seen[0] < seen[1]
+
+
 @pytest.mark.variants(1)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loss_of_packed_rows_is_that_of_the_pairs_apart(form, tmp_path, strict):

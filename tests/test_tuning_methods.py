@@ -17,7 +17,7 @@ from experiments.run import open_run
 from experiments.tuning_methods import BitFit, LayerDecay, Unfreeze
 from model.config import TransformerConfig
 from model.generate import Sampling, generate
-from model.presets import gpt2_tiny, modern_tiny
+from model.presets import encoder_decoder_tiny, gpt2_tiny, modern_tiny
 from model.transformer import Transformer
 from train.loop import LoopSettings
 from train.optimizers import SGD, AdamW
@@ -117,6 +117,7 @@ def _flat(tree):
         (Prompt(length=0), GPT2, "at least 1 vector"),
         (Prefix(length=4096), GPT2, "positions of the model"),
         (Unfreeze(every=9), GPT2, "would begin to train at step 18"),
+        (Unfreeze(every=1), encoder_decoder_tiny(encoder_layers=3), "to train at step 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(home, method, config, words):

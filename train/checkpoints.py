@@ -233,7 +233,7 @@ class Checkpoints:
         return by_main(listed) if self._writable else listed()
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss (the newest of equals); None if none has one."""
+        """The step with the lowest validation loss (the first of equals); None if none has one."""
         return next(iter(_ranked(self._losses())), None)
 
     def info(self, step: int) -> dict[str, Any]:
@@ -391,5 +391,5 @@ def _alone(work: Callable[[], None]) -> None:
 
 
 def _ranked(losses: dict[int, float | None]) -> list[int]:
-    """Steps that have a loss, the best first, the newest of equals first."""
-    return [-s for _, s in sorted((x, -s) for s, x in losses.items() if x is not None)]
+    """Steps that have a loss, the best first, and of equals the earlier: as patience has it."""
+    return [s for _, s in sorted((x, s) for s, x in losses.items() if x is not None)]

@@ -6,7 +6,7 @@ DP-SGD, Abadi et al. 2016 (arXiv:1607.00133), algorithm 1. g_i is the gradient o
 alone, divided by that row's own counts, so that no example has a say in what becomes of another. B
 is the number of rows, those without weight included, whatever they hold. Everything that follows
 (any optimizer, clipping of g, averages) is post-processing and costs no privacy; what is logged
-(losses, `clipped`) and what an evaluation picks is not private.
+(losses, `clipped`), what an evaluation picks, and a tokenizer trained on the rows are not private.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import optax
 
 from train.plugs import Batch, Context, GradientFunction, LossFunction, Metrics, PyTree
 
-# Folded into the step's key for the noise, so that its draws are not those of dropout.
-_NOISE = 0xD9
+# Folded into the step's key for the noise, so that its draws are not those of dropout: the number
+# of no row.
+_NOISE = 0x7FFF_FFD9
 
 
 def per_example(clip: float, noise: float, micro_batches: int = 1) -> GradientFunction:

@@ -2,8 +2,11 @@
 
 A run is (epsilon, delta)-private if no example changes the probability of any outcome by more than
 a factor e^epsilon, but for a probability delta (Dwork et al. 2006). An example is one row of the
-batches (the shortest rows, where phases differ): text that is cut into several rows, or stands in
-the data several times, is that many examples.
+batches (the shortest rows, where phases differ; of a task also a window of a paragraph, or a row
+that conversations were packed into): text that is cut into several rows, or stands in the data
+several times, is that many examples. To change an example is to empty its row, which leaves the
+others in their places ("zero-out" neighbours); to put another in its place moves the sum by up to
+2 C, as much as half the noise would.
 
 Two numbers are given, for two ways in which batches may come about:
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -30,13 +31,15 @@ from model.transformer import Transformer
 from train import plugs
 from train.data import MAX_WINDOWS, Batch
 from train.plugs import LossTerm, PyTree
-from train.tasks_rows import BadRow, Row, RowFormat
+from train.tasks_rows import BadRow, Row, RowFormat, content_hash
 from train.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     import grain
 
+T = TypeVar("T")
 TRAIN, VALID, TEST = "train", "valid", "test"
+SPLITS = (TRAIN, VALID, TEST)
 Outputs = Callable[[PyTree, plugs.Batch], dict[str, Any]]
 
 
@@ -87,8 +90,8 @@ class Examples(NamedTuple):
       arrays: each of N rows: `tokens`, `targets` int32 [N, T], `weights` float32 [N, T] (1 where a
         token is real and is followed by another, or where the task has its loss), and the task's
         own (`lengths` int32 [N], `labels`, ...).
-      rows: what they were made of. Where several examples are made of one row, an array `row` int32
-        [N] says of which.
+      rows: what they were made of: of the training file those of the share that was asked for.
+        Where several examples are made of one row, an array `row` int32 [N] says of which.
       bad: rows that were left out.
       cut: examples that were longer than T.
     """
@@ -104,26 +107,49 @@ class Examples(NamedTuple):
         return len(self.arrays["tokens"])
 
 
-def share_of(examples: Examples, share: float, seed: int) -> Examples:
-    """Returns the examples of a share of the rows, in order; a smaller share lies in a larger.
+def resolved(
+    files: TaskFiles, hash_of: Callable[[str], str] = lambda path: content_hash(Path(path))
+) -> TaskFiles:
+    """Returns the files with their hashes.
 
-    >>> rows = [Row(n, {}) for n in range(10)]
-    >>> whole = Examples({"tokens": np.arange(10)[:, None]}, rows, [], 0)
-    >>> few, more = (share_of(whole, share, 0) for share in (0.2, 0.5))
-    >>> few.size, {row.line for row in few.rows} < {row.line for row in more.rows}
-    (2, True)
+    Args:
+      files: of a task.
+      hash_of: path of a split -> hash of its content.
+
+    Raises:
+      ValueError: a split that is none, none to train on or to choose by, a file that is not there,
+        or is another than at the start of the run.
     """
-    if share == 1:
-        return examples
-    count = len(examples.rows)
-    order = np.random.default_rng(seed).permutation(count)
-    chosen = np.sort(order[: max(1, round(share * count))])
-    of_row = examples.arrays.get("row", np.arange(examples.size))
-    kept = np.isin(of_row, chosen)
-    arrays = {name: array[kept] for name, array in examples.arrays.items()}
-    if "row" in arrays:
-        arrays["row"] = np.searchsorted(chosen, arrays["row"]).astype(np.int32)
-    return examples._replace(arrays=arrays, rows=[examples.rows[n] for n in chosen])
+    for split, _ in files.paths:
+        if split not in SPLITS:
+            raise ValueError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
+    for split in (TRAIN, VALID):
+        files.path(split)
+    found = tuple(hash_of(path) for _, path in files.paths)
+    if files.sha256:
+        for (_, path), old, new in zip(files.paths, files.sha256, found, strict=True):
+            if old != new:
+                raise ValueError(
+                    f"{path} has changed (sha256 {new[:12]}, not {old[:12]}); give it back as it "
+                    "was, or begin a new run"
+                )
+    return replace(files, sha256=found)
+
+
+def rows_used(rows: list[T], files: TaskFiles, split: str) -> list[T]:
+    """Returns the rows of a split that are used, in order: of the training rows a share.
+
+    A smaller share lies in a larger one.
+
+    >>> files = TaskFiles(share=0.2)
+    >>> few, more = (rows_used(list("abcdefghij"), TaskFiles(share=s), TRAIN) for s in (0.2, 0.5))
+    >>> len(few), len(more), set(few) < set(more), rows_used(["a", "b"], files, VALID)
+    (2, 5, True, ['a', 'b'])
+    """
+    if split != TRAIN or files.share == 1:
+        return rows
+    order = np.random.default_rng(files.share_seed).permutation(len(rows))
+    return [rows[n] for n in np.sort(order[: max(1, round(files.share * len(rows)))])]
 
 
 class Task(Protocol):

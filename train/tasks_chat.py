@@ -24,8 +24,8 @@ from model.transformer import Transformer
 from train.losses import cross_entropy
 from train.packing import alone, fill, pack
 from train.plugs import Batch, LossTerm, PyTree
-from train.tasks import TEST, TRAIN, VALID, Examples, Outputs, TaskFiles
-from train.tasks_rows import BadRow, Row, content_hash, keep_good, read_rows
+from train.tasks import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_used
+from train.tasks_rows import BadRow, Row, RowFormat, keep_good, read_rows
 from train.tasks_translation import search, target_loss
 from train.tokenizers import Tokenizer
 
@@ -104,19 +104,7 @@ class Instructions:
         Raises:
           ValueError: a file is missing or has changed, or a split is none.
         """
-        for split, _ in self.files.paths:
-            if split not in (TRAIN, VALID, TEST):
-                raise ValueError(
-                    f"no split is called {split!r}; there are {TRAIN}, {VALID}, {TEST}"
-                )
-        for split in (TRAIN, VALID):
-            self.files.path(split)
-        found = tuple(content_hash(Path(path)) for _, path in self.files.paths)
-        if self.files.sha256 and found != self.files.sha256:
-            raise ValueError(
-                "a file has changed since the run began; give it back as it was, or begin a new run"
-            )
-        return dataclasses.replace(self, files=dataclasses.replace(self.files, sha256=found))
+        return dataclasses.replace(self, files=resolved(self.files))
 
     def head(self, key: Any, config: TransformerConfig) -> PyTree:
         """Returns nothing: the model's own head writes the answers."""
@@ -150,6 +138,7 @@ class Instructions:
           ValueError: bad rows; conversations whose every answer is cut off.
         """
         rows, bad = self._rows(split)
+        rows = rows_used(rows, self.files, split)
         whole = [encode(self.template, messages_of(row), tokenizer) for row in rows]
         kept = [each._replace(ids=each.ids[: length + 1]) for each in whole]
         inputs = [each.ids[:-1] for each in kept]
@@ -209,6 +198,11 @@ class Instructions:
             return row
 
         if path.suffix.lower() in (".jsonl", ".ndjson") and _has_messages(path):
+            if form != RowFormat(bad_rows=form.bad_rows):
+                raise ValueError(
+                    f"{path} has messages, whose parts have names of their own; leave columns, "
+                    "separator and names out"
+                )
             return keep_good(path, _read_messages(path), form, parse)
         return keep_good(path, read_rows(path, form, (PROMPT, ANSWER)), form, parse)
 
@@ -269,7 +263,7 @@ def encode(template: ChatTemplate, messages: Sequence[Message], tokenizer: Token
 
 
 def _has_messages(path: Path) -> bool:
-    """Whether the first row of a file has messages."""
+    """Whether the first row of a file that parses has messages."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -278,8 +272,9 @@ def _has_messages(path: Path) -> bool:
                 try:
                     value = json.loads(line)
                 except ValueError:
-                    return False
-                return isinstance(value, dict) and MESSAGES in value
+                    continue  # a bad row says nothing of the others
+                if isinstance(value, dict):
+                    return MESSAGES in value
     return False
 
 
@@ -290,7 +285,8 @@ def _read_messages(path: Path) -> Iterator[Row | BadRow]:
         try:
             found = json.loads(line.decode("utf-8-sig"))[MESSAGES]
             said = [(each["role"], each["content"]) for each in found]
-        except UnicodeDecodeError:
+            json.dumps(said, ensure_ascii=False).encode()  # lone surrogates have none
+        except UnicodeError:
             yield BadRow(number, "bytes that are no UTF-8: another encoding")
             continue
         except (ValueError, KeyError, TypeError):

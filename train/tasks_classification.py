@@ -27,8 +27,8 @@ from model.transformer import Transformer, features, head
 from train.losses import cross_entropy
 from train.losses_tasks import dropped, row_cross_entropy, row_squared_error
 from train.plugs import Batch, Context, LossTerm, PyTree, View
-from train.tasks import TEST, TRAIN, VALID, Examples, Outputs, TaskFiles, pad_rows
-from train.tasks_rows import BadRow, Row, content_hash, keep_good, read_rows
+from train.tasks import TRAIN, Examples, Outputs, TaskFiles, pad_rows, resolved, rows_used
+from train.tasks_rows import BadRow, Row, keep_good, read_rows
 from train.tasks_text import columns_of, cut_ids, encode_rows
 from train.tokenizers import Tokenizer
 
@@ -44,7 +44,7 @@ class Classification:
     Attributes:
       files: of the splits.
       template: what a row is to the model: text, {columns} and {end}s; by default a sentence
-        `text`, or a pair `text`, `text2` where the columns name `text2`.
+        `text`, or a pair `text`, `text2` where --columns or --column-names has `text2`.
       by: "head", or "words": the label is the next word of the text.
       pool: features that the head reads: those of the "last" token, or the "mean" of all.
       dropout: of the features that the head reads.
@@ -79,7 +79,7 @@ class Classification:
         Raises:
           ValueError: a file is missing or has changed, a row does not parse, one label alone.
         """
-        files = _resolved(self.files)
+        files = resolved(self.files)
         labels = self.labels
         if not labels:
             rows, _ = self._rows(TRAIN)
@@ -110,7 +110,7 @@ class Classification:
     def texts(self) -> Iterator[str]:
         """Yields the training texts, labels left out."""
         rows, _ = self._rows(TRAIN)
-        return _texts(rows, _template(self))
+        return _texts(rows, template_for(self))
 
     def examples(self, split: str, tokenizer: Tokenizer, length: int) -> Examples:
         """Returns a split in arrays, with `labels` int32 [N].
@@ -119,10 +119,11 @@ class Classification:
         others, which the position `lengths - 1` predicts.
         """
         rows, bad = self._rows(split)
-        ids = encode_rows(rows, _template(self), tokenizer)
+        rows = rows_used(rows, self.files, split)
+        ids = encode_rows(rows, template_for(self), tokenizer)
         labels = np.array([self.labels.index(row.columns[LABEL]) for row in rows], np.int32)
         if self.by == "head":
-            arrays, cut = _padded(ids, _template(self), length)
+            arrays, cut = _padded(ids, template_for(self), length)
             return Examples({**arrays, "labels": labels}, rows, bad, cut)
         words, shared = self._words(tokenizer)
         room = length - max(map(len, words))
@@ -215,7 +216,7 @@ class Regression:
         Raises:
           ValueError: a file is missing or has changed, a row does not parse, one number alone.
         """
-        files = _resolved(self.files)
+        files = resolved(self.files)
         if self.mean is not None and self.scale is not None:
             return dataclasses.replace(self, files=files)
         rows, _ = self._rows(TRAIN)
@@ -239,13 +240,14 @@ class Regression:
     def texts(self) -> Iterator[str]:
         """Yields the training texts."""
         rows, _ = self._rows(TRAIN)
-        return _texts(rows, _template(self))
+        return _texts(rows, template_for(self))
 
     def examples(self, split: str, tokenizer: Tokenizer, length: int) -> Examples:
         """Returns a split in arrays, with `values` float32 [N], in standard deviations."""
         rows, bad = self._rows(split)
-        ids = encode_rows(rows, _template(self), tokenizer)
-        arrays, cut = _padded(ids, _template(self), length)
+        rows = rows_used(rows, self.files, split)
+        ids = encode_rows(rows, template_for(self), tokenizer)
+        arrays, cut = _padded(ids, template_for(self), length)
         numbers = np.array([float(row.columns[LABEL]) for row in rows])
         values = ((numbers - (self.mean or 0.0)) / (self.scale or 1.0)).astype(np.float32)
         return Examples({**arrays, "values": values}, rows, bad, cut)
@@ -281,35 +283,19 @@ def _check(task: Rowwise) -> None:
         raise ValueError("the template shows the label, which is what is asked for")
 
 
-def _template(task: Rowwise) -> str:
+def template_for(task: Rowwise) -> str:
+    """Returns the template of a task, its own or the one that suits its columns."""
     if task.template is not None:
         return task.template
     if isinstance(task, Classification) and task.by == "words":
         return PROMPT
-    return TWO if "text2" in dict(task.files.form.columns) else ONE
-
-
-def _resolved(files: TaskFiles) -> TaskFiles:
-    """The files with their hashes; `train` and `valid` have to be there."""
-    for split, _ in files.paths:
-        if split not in (TRAIN, VALID, TEST):
-            raise ValueError(f"no split is called {split!r}; there are {TRAIN}, {VALID}, {TEST}")
-    for split in (TRAIN, VALID):
-        files.path(split)
-    found = tuple(content_hash(Path(path)) for _, path in files.paths)
-    if files.sha256:
-        for (_, path), old, new in zip(files.paths, files.sha256, found, strict=True):
-            if old != new:
-                raise ValueError(
-                    f"{path} has changed (sha256 {new[:12]}, not {old[:12]}); give it back as it "
-                    "was, or begin a new run"
-                )
-    return dataclasses.replace(files, sha256=found)
+    form = task.files.form
+    return TWO if "text2" in dict(form.columns) or "text2" in form.names else ONE
 
 
 def _read(task: Rowwise, split: str, parse: Callable[[Row], Row]) -> tuple[list[Row], list[BadRow]]:
     path, form = Path(task.files.path(split)), task.files.form
-    texts = columns_of(_template(task))
+    texts = columns_of(template_for(task))
 
     def checked(row: Row) -> Row:
         if empty := [name for name in texts if not row.columns[name].strip()]:

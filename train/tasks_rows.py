@@ -203,9 +203,9 @@ def _read_columns(
     else:
         lines = (line.removesuffix("\r") for line in text.split("\n"))
         # A quote is a character like others here. Free text is the last column of a line.
-        most = -1 if suffix == ".tsv" or not names else len(names) - 1
+        # Asked for with each line: the first one may name them.
         rows = (
-            (number, line.split(separator, most) if line else [])
+            (number, line.split(separator, _splits(suffix, names)) if line else [])
             for number, line in enumerate(lines, start=1)
         )
     for line, cells in rows:
@@ -221,6 +221,11 @@ def _read_columns(
             yield line, f"{len(cells)} of {len(names)} columns ({', '.join(names)})"
         else:
             yield line, dict(zip(names, cells, strict=True))
+
+
+def _splits(suffix: str, names: Sequence[str]) -> int:
+    """How often a line is split at most, -1 for no end."""
+    return -1 if suffix == ".tsv" or not names else len(names) - 1
 
 
 def _csv_rows(reader) -> Iterator[tuple[int, list[str] | str]]:

@@ -49,11 +49,20 @@ from train.piece_offsets import Pieces, pieces_of
 from train.plugs import Batch, Context, LossTerm, PyTree, View
 from train.squad_files import Answer, Question, article_splits, file_of, read_squad
 from train.squad_words import shared_words
-from train.tasks import TEST, TRAIN, VALID, Examples, Outputs, TaskFiles, pad_rows
+from train.tasks import (
+    SPLITS,
+    TEST,
+    TRAIN,
+    VALID,
+    Examples,
+    Outputs,
+    TaskFiles,
+    pad_rows,
+    resolved,
+    rows_used,
+)
 from train.tasks_rows import BadRow, Row, RowFormat, content_hash, said_of
 from train.tokenizers import Tokenizer
-
-SPLITS = (TRAIN, VALID, TEST)
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,8 @@ class Squad:
         """Returns the settings with a file for every split, and the hashes of the files.
 
         Raises:
-          ValueError: a file is missing or has changed, or splits of two files share an article.
+          ValueError: a file is missing or has changed, splits of two files share an article, or
+            no file is divided and it was said how.
         """
         form = self.files.form
         if form != RowFormat(bad_rows=form.bad_rows):
@@ -108,24 +118,16 @@ class Squad:
         if [split for split, _ in paths] == [TRAIN]:
             paths = tuple((split, paths[0][1]) for split, _ in self.shares)
         files = dataclasses.replace(self.files, paths=paths)
-        for split, _ in paths:
-            if split not in SPLITS:
-                raise ValueError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
-        for split in (TRAIN, VALID):
-            files.path(split)
-        hashes = tuple(content_hash(file_of(path)) for _, path in paths)
-        if files.sha256 and files.sha256 != hashes:
-            changed = [
-                path
-                for (_, path), old, new in zip(paths, files.sha256, hashes, strict=True)
-                if old != new
-            ]
+        alone = len({path for _, path in paths}) == len(paths)
+        if alone and (self.articles or self.shares != type(self).shares):
             raise ValueError(
-                f"{changed[0]} has changed; give it back as it was, or begin a new run"
+                "shares and articles divide a file that splits share, and here each split has its "
+                "own; leave them out"
             )
-        resolved = dataclasses.replace(self, files=dataclasses.replace(files, sha256=hashes))
-        resolved._check_apart()
-        return resolved
+        files = resolved(files, lambda path: content_hash(file_of(path)))
+        task = dataclasses.replace(self, files=files)
+        task._check_apart()
+        return task
 
     def head(self, key: Any, config: TransformerConfig) -> PyTree:
         """Returns a matrix [D, 2]."""
@@ -166,6 +168,7 @@ class Squad:
           ValueError: a question that does not parse, unless skipped; a row too short.
         """
         questions, bad = self.questions(split)
+        questions = rows_used(questions, self.files, split)
         arrays, cut = self.windows(questions, tokenizer, length)
         return Examples(arrays, [row_of(question) for question in questions], bad, cut)
 
@@ -236,6 +239,8 @@ class Squad:
     def questions(self, split: str) -> tuple[list[Question], list[BadRow]]:
         """Returns the questions of a split, and those of its file that are none.
 
+        Of a file that splits share, the first of them has those.
+
         Raises:
           ValueError: the file cannot be read, or a question is none and stops the run.
         """
@@ -256,6 +261,7 @@ class Squad:
             titles = [question.title for question in questions]
             belongs = article_splits(titles, shares, self.articles)
             questions = [question for question in questions if belongs[question.title] == split]
+            bad = bad if split == sharing[0] else []  # told once
         return questions, bad
 
     def _check_apart(self) -> None:

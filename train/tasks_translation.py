@@ -28,7 +28,7 @@ from train.losses import MODEL_INPUTS, cross_entropy
 from train.packing import alone, fill, pack
 from train.parallel_text import SIDES, both_files, read_parallel
 from train.plugs import Batch, LossTerm, PyTree
-from train.tasks import TEST, TRAIN, VALID, Examples, Outputs, TaskFiles
+from train.tasks import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_used
 from train.tasks_rows import BadRow, Row, content_hash, keep_good, read_rows
 from train.tokenizers import Tokenizer
 
@@ -65,22 +65,7 @@ class Translation:
         Raises:
           ValueError: a file is missing or has changed, or a split is none.
         """
-        for split, _ in self.files.paths:
-            if split not in (TRAIN, VALID, TEST):
-                raise ValueError(
-                    f"no split is called {split!r}; there are {TRAIN}, {VALID}, {TEST}"
-                )
-        for split in (TRAIN, VALID):
-            self.files.path(split)
-        found = tuple(_hash(path) for _, path in self.files.paths)
-        if self.files.sha256:
-            for (_, path), old, new in zip(self.files.paths, self.files.sha256, found, strict=True):
-                if old != new:
-                    raise ValueError(
-                        f"{path} has changed since the run began; give it back as it was, or begin "
-                        "a new run"
-                    )
-        return dataclasses.replace(self, files=dataclasses.replace(self.files, sha256=found))
+        return dataclasses.replace(self, files=resolved(self.files, _hash))
 
     def head(self, key: Any, config: TransformerConfig) -> PyTree:
         """Returns nothing: the model's own head predicts the target."""
@@ -131,6 +116,7 @@ class Translation:
           ValueError: bad rows; rows too short for a token of each.
         """
         rows, bad = self.rows(split)
+        rows = rows_used(rows, self.files, split)
         sources, targets = (
             tokenizer.encode_batch([row.columns[name] for row in rows]) for name in SIDES
         )

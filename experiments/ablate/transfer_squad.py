@@ -81,11 +81,11 @@ def task_of(squad: Path) -> Squad:
 
 
 def task_settings(task: Squad, seed: int, parent: str | None = None) -> Settings:
-    """Returns the run of a row."""
+    """Returns the run of a row; one with a parent reads its pieces."""
     return Settings(
         phases=(Phase(STEPS, model_of(), ROWS, LENGTH),),
         data=(),
-        tokenizer=PIECES,
+        tokenizer=PIECES if parent is None else f"{parent}/tokenizer",
         seed=seed,
         optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1),
         schedule=Linear(warmup_steps=WARMUP),
