@@ -189,7 +189,7 @@ def final_losses(width, mup):
 
 @pytest.mark.slow
 def test_the_best_rate_holds_within_a_factor_of_two_over_four_widths():
-    from experiments.ablate.transfer import best_rate
+    from experiments.ablate.rates import best_rate
 
     best = {}
     for name, mup in (("muP", MuP(base_width=16)), ("standard", None)):

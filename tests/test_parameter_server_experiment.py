@@ -31,7 +31,8 @@ def test_all_three_forms(command, monkeypatch):
     forms = facts["forms"]
     assert list(forms) == list(experiment.FORMS)
     assert forms["synchronous"]["applied"] == 2 * 6  # rounds, on two servers
-    assert forms["asynchronous"]["applied"] == 2 * 18 - forms["asynchronous"]["stale"]
+    assert forms["asynchronous"]["batches"] == 2 * 18  # twice as many as the synchronous form's
+    assert forms["asynchronous"]["applied"] == 2 * 36 - forms["asynchronous"]["stale"]
     for row in forms.values():
         assert row["lost"] == 0
         assert row["applied"] == row["acknowledged"] + row["unheard"]
