@@ -178,7 +178,10 @@ def test_the_command_measures_writes_and_goes_on(tiny, monkeypatch, capsys):
     assert set(content["tables"]["diloco"]) == {"a meeting", "synchronous", "H = 2"}
     text = written[1].read_text()
     assert "| H = 2 |" in text
-    assert "python -m experiments.scale --tables" not in text.split("## DiLoCo: bytes")[1].split("##")[0]
+    assert (
+        "python -m experiments.scale --tables"
+        not in text.split("## DiLoCo: bytes")[1].split("##")[0]
+    )
     # What is there is not measured again, whether its folder is or not.
     monkeypatch.setattr(training, "run_cells", None)
     again = dataclasses.replace(command, out=tiny / "other")
