@@ -145,18 +145,7 @@ def from_huggingface(
     kept, params = _without_padding(config, params, pieces, folder)
     phase = Phase(1, kept, batch_size=1, sequence_length=min(WINDOW, kept.max_length))
     settings = Settings(phases=(phase,), data=(), tokenizer=tokenizer or str(folder), task=task)
-    with made_at_once(out) as run:
-        run.mkdir(parents=True)
-        pieces.save(run / "tokenizer")
-        state = init_state(jax.random.key(settings.seed), params, optax.identity())
-        with Checkpoints(run / "checkpoints") as checkpoints:
-            checkpoints.save(0, state, {"phase": 0, "seconds": {}}, wait=True)
-        (run / "metrics.jsonl").touch()
-        write_json(
-            run / "result.json",
-            {"reason": "converted", "from": str(folder), "step": 0, "evaluation": None},
-        )
-        write_json(run / "settings.json", to_json(settings))
+    write_converted(out, settings, params, pieces, folder)
     lines = [
         f"folder       {folder}",
         f"model        {_size(params)}",
@@ -168,6 +157,30 @@ def from_huggingface(
     if padding := config.vocabulary_size - kept.vocabulary_size:
         lines.insert(2, f"             without {padding} rows that no piece of the tokenizer uses")
     return lines
+
+
+def write_converted(
+    out: Path, settings: Settings, params: Any, pieces: Tokenizer, origin: Path
+) -> None:
+    """Writes parameters from elsewhere as a run with one checkpoint, of step 0.
+
+    Args:
+      out: the run to make, all of it at once.
+      settings: of the run, which has no data.
+      params: of its model.
+      pieces: the tokenizer.
+      origin: where they come from.
+    """
+    result = {"reason": "converted", "from": str(origin), "step": 0, "evaluation": None}
+    with made_at_once(out) as run:
+        run.mkdir(parents=True)
+        pieces.save(run / "tokenizer")
+        state = init_state(jax.random.key(settings.seed), params, optax.identity())
+        with Checkpoints(run / "checkpoints") as checkpoints:
+            checkpoints.save(0, state, {"phase": 0, "seconds": {}}, wait=True)
+        (run / "metrics.jsonl").touch()
+        write_json(run / "result.json", result)
+        write_json(run / "settings.json", to_json(settings))
 
 
 def plain_params(params: Any, vocabulary_size: int) -> tuple[Any, list[str]]:

@@ -12,6 +12,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.bench.clock import spread
+from experiments.bench.gpu_forms import DATASHEET
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 
@@ -53,9 +56,23 @@ def shakespeare() -> str:
     )
 
 
+def gpu() -> str:
+    """The training step on a GPU, as the table of its forms has it."""
+    rows = json.loads((RESULTS / "bench-h100.json").read_text())["gpu-forms"]
+    made = {row["settings"]["row"]: row["values"] for row in rows}
+    step, plain = made["default"], made["attention with all scores"]
+    seconds, without = (spread(values["seconds"])[0] for values in (step, plain))
+    return (
+        f"the table's default step of GPT-2 124M, 32 rows of 1,024, ran on an H100 at "
+        f"{step['tokens'] / seconds / 1000:,.0f} k tokens/s, "
+        f"{step['flops'] / seconds / DATASHEET:.1%} of 989 TFLOP/s, and with all scores held at "
+        f"{plain['tokens'] / without / 1000:,.0f} k"
+    )
+
+
 # Blocks that stand on lines of their own, and those within a sentence.
 BLOCKS: dict[str, Callable[[], str]] = {"demo-output": demo_output, "demo-machine": demo_machine}
-PHRASES: dict[str, Callable[[], str]] = {"loop": loop, "shakespeare": shakespeare}
+PHRASES: dict[str, Callable[[], str]] = {"loop": loop, "shakespeare": shakespeare, "gpu": gpu}
 
 
 def filled(text: str) -> str:

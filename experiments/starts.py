@@ -9,19 +9,13 @@ scratch             drawn from the seed
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import jax
-import optax
-
-from experiments.convert import from_huggingface
-from experiments.folders import check_free, made_at_once
-from experiments.run import parse_parent, read_json, read_settings, write_json
+from experiments.convert import from_huggingface, write_converted
+from experiments.folders import check_free
+from experiments.run import parse_parent, read_json, read_settings
 from model import llama2c
 from parallel.agreement import by_main
-from train.checkpoints import Checkpoints
-from train.settings import Phase, Settings, to_json
-from train.step import init_state
+from train.settings import Phase, Settings
 from train.tokenizers import load_tokenizer
 
 SCRATCH = "scratch"
@@ -104,13 +98,4 @@ def from_llama2c(weights: Path, out: Path, tokenizer: str) -> None:
         )
     phase = Phase(1, config, batch_size=1, sequence_length=min(WINDOW, config.max_length))
     settings = Settings(phases=(phase,), data=(), tokenizer=tokenizer)
-    result: dict[str, Any] = {"reason": "converted", "from": str(weights), "step": 0}
-    with made_at_once(out) as run:
-        run.mkdir(parents=True)
-        pieces.save(run / "tokenizer")
-        state = init_state(jax.random.key(settings.seed), params, optax.identity())
-        with Checkpoints(run / "checkpoints") as checkpoints:
-            checkpoints.save(0, state, {"phase": 0, "seconds": {}}, wait=True)
-        (run / "metrics.jsonl").touch()
-        write_json(run / "result.json", {**result, "evaluation": None})
-        write_json(run / "settings.json", to_json(settings))
+    write_converted(out, settings, params, pieces, weights)

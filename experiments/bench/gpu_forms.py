@@ -77,7 +77,7 @@ EXPECTED: dict[str, str] = {
     "latency-hiding scheduler": "equal: there is nothing to hide on one device",
     "no command buffers": "slower by 0 to 3 %",
 }
-"""What each change was expected to do, written before any of them was measured."""
+"""What each change was expected to do, written before that row was measured."""
 
 
 def measurements(shape_name: str = "124m-cuda") -> tuple[Measurement, ...]:

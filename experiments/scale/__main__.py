@@ -4,8 +4,8 @@
     python -m experiments.scale --tables equality memory
 
 Finished cells are kept in experiments/results/scale-BACKEND.json and do not run again; Markdown and
-pictures beside it are made from it alone. The parameter server's padded steps alone take some forty
-minutes with three seeds, on any machine; the runs under compression and DiLoCo are 33 of 500 steps.
+pictures beside it are made from it alone. The parameter server's padded steps alone take some fifty
+minutes with three seeds, on any machine; the runs under compression and DiLoCo are 48 of 500 steps.
 Where there are fewer than eight devices, as on a machine with one GPU, the table `device` alone is
 made.
 """
