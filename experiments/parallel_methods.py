@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from compress.gradients import int8, top_k
 from compress.gradients_lowrank import power_sgd
@@ -51,6 +52,8 @@ class CompressedReduce:
       block: values that share a scale ("int8").
       density: part of the entries that is sent ("top_k").
       rank: of the factors ("powersgd").
+      matrices: regex over parameter paths of those that are factored, all others are summed as
+        they are ("powersgd"); `blocks/.*/kernel` leaves embedding and head alone.
       seed: of the first factor ("powersgd").
     """
 
@@ -59,11 +62,17 @@ class CompressedReduce:
     block: int = 256
     density: float = 0.01
     rank: int = 2
+    matrices: str = ".*"
     seed: int = 0
 
     def __post_init__(self):
         if self.codec not in _REDUCES:
             raise ValueError(f"no codec is called {self.codec!r}; there are {', '.join(_REDUCES)}")
+        if self.codec != "powersgd" and self.matrices != ".*":
+            raise ValueError(
+                f"matrices {self.matrices!r} are for the codec powersgd, not for {self.codec}; "
+                "leave it out"
+            )
 
     def reduce(self) -> Reduce:
         """Returns what the workers do with their gradients.
@@ -88,7 +97,9 @@ class CompressedReduce:
 _REDUCES: dict[str, Any] = {
     "int8": lambda method: exchange_reduce(int8(method.block)),
     "top_k": lambda method: gather_reduce(top_k(method.density)),
-    "powersgd": lambda method: factored_reduce(power_sgd(method.rank, jax.random.key(method.seed))),
+    "powersgd": lambda method: factored_reduce(
+        power_sgd(method.rank, jax.random.key(method.seed)), matrices=method.matrices
+    ),
     "none": lambda method: all_reduce(),
 }
 
@@ -167,7 +178,8 @@ class Diloco:
                     f"something from step to step, and with {self.name} every worker would "
                     "remember its own; leave one of them out"
                 )
-            return _joined(self.name, state, init_local(state, workers, outer))
+            local = init_local(state, workers, outer)
+            return _joined(self.name, state, local, local.workers.extra[NONFINITE])
 
         def around(step: Step) -> Step:
             alone, meet = inner_round(step), outer_step(outer)
@@ -175,12 +187,17 @@ class Diloco:
             def run(state: State, frozen: PyTree, batch: Batch) -> tuple[State, Metrics]:
                 before = _local(self.name, state)
                 after, metrics = alone(before, frozen, jax.tree.map(lambda a: a[None], batch))
-                done = state.step + 1
-                together = (done % self.every == 0) | (done == setup.steps)
-                new = jax.lax.cond(together, meet, _as_they_are, after)
-                new = dataclasses.replace(_joined(self.name, state, new), step=done)
+                theirs = after.workers.extra[NONFINITE]
                 # A worker that has given up no longer counts its steps: then nobody goes on.
-                stopped = (after.workers.step == before.workers.step).any()
+                idle = after.workers.step == before.workers.step
+                # Nothing else is sent beside the meeting, which waits for this: XLA:CPU runs what
+                # does not depend on each other in any order, and devices that each wait for the
+                # others in another collective wait for ever.
+                idle, theirs, metrics = _known_to_all((idle, theirs, metrics))
+                done, stopped = state.step + 1, idle.any()
+                together = ((done % self.every == 0) | (done == setup.steps)) & ~stopped
+                new = jax.lax.cond(together, meet, _as_they_are, after)
+                new = dataclasses.replace(_joined(self.name, state, new, theirs), step=done)
                 new = jax.tree.map(lambda n, o: jax.lax.select(stopped, o, n), new, state)
                 return new, {name: _over_workers(name, m) for name, m in metrics.items()}
 
@@ -217,12 +234,26 @@ def _local(name: str, state: State) -> LocalState:
     return LocalState(workers.replace(extra=extra), state.params, carry.shared)
 
 
-def _joined(name: str, state: State, local: LocalState) -> State:
+def _known_to_all(tree: PyTree) -> PyTree:
+    """Gives every device all numbers of all workers, by one all-gather of their bytes."""
+    leaves, form = jax.tree.flatten(tree)
+    numbers = [leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf for leaf in leaves]
+    parts = [jax.lax.bitcast_convert_type(n, jnp.uint8).reshape(-1) for n in numbers]
+    together = jax.lax.with_sharding_constraint(jnp.concatenate(parts), PartitionSpec())
+    found, at = [], 0
+    for leaf, number, part in zip(leaves, numbers, parts, strict=True):
+        sizes = () if number.dtype.itemsize == 1 else (number.dtype.itemsize,)
+        here = together[at : at + part.size].reshape(*number.shape, *sizes)
+        found.append(jax.lax.bitcast_convert_type(here, number.dtype).astype(leaf.dtype))
+        at += part.size
+    return jax.tree.unflatten(form, found)
+
+
+def _joined(name: str, state: State, local: LocalState, theirs: PyTree) -> State:
     """The state of the run: where the workers last met, and under `name` what they have.
 
     Of bad steps in a row it has those of the worst of them, of all bad steps the sum.
     """
-    theirs = local.workers.extra[NONFINITE]
     counters = {"in_a_row": theirs["in_a_row"].max(), "total": theirs["total"].sum()}
     extra = {**state.extra, name: Carry(local.workers, local.outer), NONFINITE: counters}
     return dataclasses.replace(state, params=local.params, optimizer={}, extra=extra)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import jax
 from jax import lax
 
-from model.rules import is_stacked, path_of
+from model.rules import is_stacked, leaf_paths, match
 from parallel.reduce import (
     Carry,
     Reduce,
@@ -48,7 +48,7 @@ class Factors(Protocol):
         """Returns [L, N, R] with orthonormal columns that span those of P."""
 
 
-def factored_reduce(factors: Factors, axis: str = "data") -> Reduce:
+def factored_reduce(factors: Factors, axis: str = "data", matrices: str = ".*") -> Reduce:
     """Returns the reduce that sends two factors of each matrix; all else is summed exactly.
 
     A matrix is a leaf of two dimensions (in each layer) that are both at least the rank. Matrix
@@ -57,24 +57,36 @@ def factored_reduce(factors: Factors, axis: str = "data") -> Reduce:
     Args:
       factors: rank, warm start and orthogonalisation.
       axis: the mesh axis of the workers.
+      matrices: regex over parameter paths (`model.rules`) of those that are factored;
+        `blocks/.*/kernel` leaves embedding and head alone, whose gradients have the highest rank.
+
+    Raises:
+      ValueError: when called, if the regex matches no parameter, or only some layers of a stack.
     """
 
-    def has_factors(path: str, leaf: Any) -> bool:
+    def factored(tree: PyTree) -> PyTree:
+        """Whether each leaf is sent as factors."""
+        chosen = match([(matrices, True)], tree, default=False)
+        leaves, form = jax.tree.flatten(tree)
+        found = zip(leaf_paths(tree), leaves, jax.tree.leaves(chosen), strict=True)
+        return jax.tree.unflatten(form, [pick and is_matrix(p, leaf) for p, leaf, pick in found])
+
+    def is_matrix(path: str, leaf: Any) -> bool:
         shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
         return len(shape) == 2 and min(shape) >= factors.rank
 
     def init(params: PyTree, workers: int) -> Carry:
-        def each(number: int, path: str, leaf: jax.Array):
-            if not has_factors(path, leaf):
+        def each(number: int, path: str, leaf: jax.Array, has_factors: bool):
+            if not has_factors:
                 return ((), ())
             layers, dtype = layers_of(path, leaf), accumulator(leaf.dtype)
             return zero_error(leaf), factors.start(number, layers, leaf.shape[-1], dtype)
 
-        return Carry(*map_leaves(each, params))
+        return Carry(*map_leaves(each, params, factored(params)))
 
     def apply(grads: PyTree, carry: Carry, key: jax.Array) -> tuple[PyTree, Carry]:
-        def each(number: int, path: str, grad: jax.Array, error, q_LMR):
-            if not has_factors(path, grad):
+        def each(number: int, path: str, grad: jax.Array, has_factors: bool, error, q_LMR):
+            if not has_factors:
                 return lax.psum(grad, axis), (), ()
             m_LNM = (grad.astype(error.dtype) + error).reshape(-1, *grad.shape[-2:])
             p_LNR = factors.orthogonalise(lax.psum(m_LNM @ q_LMR, axis))
@@ -84,18 +96,17 @@ def factored_reduce(factors: Factors, axis: str = "data") -> Reduce:
             left = (m_LNM - p_LNR @ own_LMR.mT).reshape(grad.shape)
             return total, left, q_LMR
 
-        total, error, start = map_leaves(each, grads, carry.worker, carry.shared)
+        total, error, start = map_leaves(each, grads, factored(grads), carry.worker, carry.shared)
         return total, Carry(error, start)
 
     def bytes_sent(shapes: PyTree, workers: int) -> float:
-        total = 0.0
-        for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-            path = path_of(key_path)
+        def each(number: int, path: str, leaf: Any, has_factors: bool) -> tuple[float]:
             size = nbytes(leaf)
-            if has_factors(path, leaf):
+            if has_factors:
                 layers, (N, M) = layers_of(path, leaf), leaf.shape[-2:]
                 size = layers * (N + M) * factors.rank * accumulator(leaf.dtype).itemsize
-            total += all_reduce_bytes(size, workers)
-        return total
+            return (all_reduce_bytes(size, workers),)
+
+        return sum(jax.tree.leaves(map_leaves(each, shapes, factored(shapes))))
 
     return Reduce(axis, init, apply, spread_error, bytes_sent)

@@ -189,6 +189,23 @@ def test_power_sgd_survives_a_step_without_gradient():
     assert (np.abs(kernel).max(axis=(1, 2)) > 0.1).all()
 
 
+def test_power_sgd_leaves_matrices_that_the_rule_does_not_name():
+    factors, grads = power_sgd(2, jax.random.key(0)), draw(1, 2)
+    shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), grads)
+    rule = "blocks/.*/kernel"
+    some, every = (factored_reduce(factors, matrices=m) for m in (rule, ".*"))
+    total, carry = runner(some, 2)(grads, start(some, grads), jax.random.key(0))
+    for name, has_factors in (("head", False), ("blocks", True)):
+        exact = jax.tree.map(lambda g: g.sum(axis=0), grads[name])
+        close = jax.tree.map(lambda t, e: np.allclose(t[0], e, atol=1e-6), total[name], exact)
+        assert all(jax.tree.leaves(close)) != has_factors
+        assert bool(jax.tree.leaves(carry.worker[name])) == has_factors
+    whole = all_reduce().bytes_sent(shapes, 2)
+    assert every.bytes_sent(shapes, 2) < some.bytes_sent(shapes, 2) < whole
+    with pytest.raises(ValueError, match="no parameter matches 'hat'"):
+        factored_reduce(factors, matrices="hat").bytes_sent(shapes, 2)
+
+
 def test_int8_is_unbiased():
     codec, draws = int8(block=16), 4000
     x = jax.random.normal(jax.random.key(0), (32,))

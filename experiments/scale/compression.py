@@ -195,6 +195,8 @@ def losses(results: Results) -> list[str]:
         "demo's recipe), error feedback throughout.",
         "",
         *grid([*names, f"within {CLOSE:.1%}"], rows, "lrrrrrrl"),
+        "",
+        "What other ranks, matrices and optimizers make of PowerSGD is in the next table.",
     ]
 
 
