@@ -20,6 +20,7 @@ from experiments.execution import Execution
 from experiments.feeds import Feed, open_feed
 from experiments.layout import (
     everywhere,
+    idle,
     lay_out,
     mesh_of,
     model_of,
@@ -208,6 +209,8 @@ def _run_phase(
         compiled = compiled_step.lower(state, plan.frozen, first_batch).compile()
         if is_main():
             print(report(layout, state, compiled))
+    elif execution.progress and (words := idle(plan.mesh)):
+        print(words)
     rates = learning_rate_at(settings.optimizer, settings.schedule, settings.steps)
     shown = execution.progress and is_main()
     bar = progress_bar(plan.out.name, int(state.step), last) if shown else None

@@ -76,6 +76,8 @@ class Layout(NamedTuple):
 def mesh_of(text: str) -> Mesh:
     """Returns the mesh that a command line wrote: one device for "", otherwise as many as it says.
 
+    An axis that is left out is 1. A mesh may leave devices idle, which `idle` puts into words.
+
     Raises:
       ValueError: the axes do not fit the devices.
 
@@ -97,6 +99,21 @@ def mesh_of(text: str) -> Mesh:
             "or start fewer processes"
         )
     return make_mesh(**{"data": 1, **sizes}, devices=devices[:asked])
+
+
+def idle(mesh: Mesh) -> str:
+    """Says how many of the machine's devices a mesh leaves without work; "" if none.
+
+    >>> idle(make_mesh())
+    ''
+    """
+    devices = jax.device_count(mesh.devices.flat[0].platform)
+    if mesh.size == devices:
+        return ""
+    return (
+        f"{devices - mesh.size} of {devices} devices are idle: the mesh has {mesh.size}; give an "
+        "axis more, or -1 for whatever is left"
+    )
 
 
 def lay_out(
@@ -257,14 +274,15 @@ def place(
 
 
 def report(layout: Layout, state: State, compiled: Any | None) -> str:
-    """Returns a table of what each device holds, and whether an axis really divides it."""
+    """Returns a table of what each device holds, whether an axis really divides it, who is idle."""
     shardings = of_state(layout, state)
-    return memory_table(
+    table = memory_table(
         layout.mesh,
         shares(state, shardings),
         None if compiled is None else temporary_bytes(compiled),
         whole_leaves(state.params, shardings.params),
     )
+    return "\n".join(filter(None, [table, idle(layout.mesh)]))
 
 
 def _present(layout: Layout, params: PyTree) -> list[Strategy]:

@@ -24,7 +24,7 @@ import jax
 
 from experiments.cli import run_main
 from experiments.layout import Division
-from experiments.plan_compile import FITS, missing
+from experiments.plan_compile import FITS, missing, topology_of
 from experiments.plan_search import HEADROOM, Plan, compiled, estimate, search
 from model.config import TransformerConfig
 from model.flops import parameter_count
@@ -84,7 +84,8 @@ class Command:
       loss_chunk: positions whose logits are held at a time.
       pipeline_micro_batches: parts in which rows pass the axis `pipeline`.
       pipeline_rounds: times that each part passes it.
-      attention: the target's form: "mesh" is a ring over `context`, otherwise plain.
+      attention: the target's form: "mesh" is a ring over `context`, otherwise what a run takes
+        there: on a GPU cuDNN's fused kernel where it can, else "plain", which keeps all scores.
       vocabulary_multiple: what the vocabulary is padded to a multiple of.
       timeout: seconds that a compiler may take.
       chips: print the table of chips with its sources, and nothing else.
@@ -106,7 +107,7 @@ class Command:
     loss_chunk: int | None = None
     pipeline_micro_batches: int | None = None
     pipeline_rounds: int = 1
-    attention: Literal["mesh", "plain", "ring"] = "mesh"
+    attention: Literal["mesh", "plain", "fused", "ring"] = "mesh"
     vocabulary_multiple: int = 128
     timeout: float = 1800.0
     chips: bool = False
@@ -163,16 +164,28 @@ def run_command(command: Command) -> str:
     if command.search:
         if command.devices is None:
             raise ValueError("a search needs the number of chips; give --devices N")
+        check_slice(chip, command.devices)
         plans = searched(settings, command, chip)
         return head(command, settings, chip, command.devices) + "\n\n" + search_table(plans, chip)
     sizes = sizes_of(command)
+    check_slice(chip, math.prod(sizes.values()))
     if reason := missing(chip):
         raise ValueError(reason)
     division = Division(command.strategies, command.pipeline_micro_batches, command.pipeline_rounds)
-    plan = estimate(settings, sizes, division, chip)
+    plan = estimate(settings, sizes, division, chip, command.attention)
     plan = compiled(settings, plan, chip, command.attention, command.timeout)
     first = head(command, settings, chip, math.prod(sizes.values()))
     return f"{first}\nmesh {plan.mesh}\n\n{report(plan, chip, command)}"
+
+
+def check_slice(chip: Chip, devices: int) -> None:
+    """Checks that there are machines of so many chips.
+
+    Raises:
+      ValueError: nobody rents a slice of so many TPUs; the sizes are listed.
+    """
+    if chip.platform == "tpu":
+        topology_of(chip, devices)
 
 
 def searched(settings: Settings, command: Command, chip: Chip) -> list[Plan]:
@@ -186,7 +199,7 @@ def searched(settings: Settings, command: Command, chip: Chip) -> list[Plan]:
     assert command.devices is not None
     if command.compile and (reason := missing(chip)):
         raise ValueError(f"{reason}; or rank by arithmetic alone with --compile 0")
-    ranked = search(settings, command.devices, chip)
+    ranked = search(settings, command.devices, chip, attention=command.attention)
     if not ranked:
         raise ValueError(
             f"no mesh of {command.devices} {chip.name} holds {command.model} with a batch of "
@@ -220,7 +233,10 @@ def head(command: Command, settings: Settings, chip: Chip, devices: int) -> str:
 
 
 def report(plan: Plan, chip: Chip, command: Command) -> str:
-    """Returns what is to be expected of one mesh, as lines of text."""
+    """Returns what is to be expected of one mesh, as lines of text.
+
+    Traffic and times are those of a program that was compiled; without one there are none.
+    """
     memory, time, result = plan.memory, plan.time, plan.compiled
     assert result is not None
     lines = [f"{'bytes on each device':<32}{'arithmetic':>12}"]
@@ -243,12 +259,14 @@ def report(plan: Plan, chip: Chip, command: Command) -> str:
             )
         lines.append(verdict + (f" ({result.message})" if result.message else ""))
     else:
-        fits = "fits" if plan.fits(chip) else f"does not fit into {HEADROOM:.0%} of it"
+        enough = memory.total <= HEADROOM * chip.memory
+        fits = "fits" if enough else f"does not fit into {HEADROOM:.0%} of it"
         lines.append(f"by arithmetic: {fits}")
         if result.verdict != FITS:
             lines.append(f"compiling for virtual devices: {result.verdict} ({result.message})")
-    origin = "the compiled program" if result.verdict == FITS else "formulas"
-    lines += ["", f"traffic of a step, from {origin}", table(plan.traffic), ""]
+    if result.verdict != FITS:
+        return "\n".join([*lines, "no plan: this mesh has no program to take times from"])
+    lines += ["", "traffic of a step, from the compiled program", table(plan.traffic), ""]
     lines += [
         f"{'seconds of a step':<32}{'':>12}",
         f"{'products of matrices':<32}{time.matrices:>12.4f}",
@@ -274,16 +292,19 @@ def search_table(plans: Sequence[Plan], chip: Chip, most: int = 12) -> str:
         f"{'utilisation':>16}  compiled"
     ]
     for plan in plans[:most]:
-        low, high = plan.time.utilisation
         more = list(plan.division.strategies)
         if plan.division.pipeline_micro_batches:
             more.append(f"M={plan.division.pipeline_micro_batches}")
         result = plan.compiled
         word = "no" if result is None else f"{result.verdict}, {result.seconds:.0f} s"
+        low, high = plan.time.utilisation
+        times = [f"{plan.time.compute:.3f}", f"{plan.time.communication:.3f}"]
+        times.append(f"{low:.1%} - {high:.1%}")
+        if result is not None and result.verdict != FITS:
+            times = ["-"] * 3
         lines.append(
             f"{plan.mesh:<40}{','.join(more):<18}{readable(plan.memory.state):>10}"
-            f"{readable(plan.memory.total):>10}{plan.time.compute:>11.3f}"
-            f"{plan.time.communication:>9.3f}{f'{low:.1%} - {high:.1%}':>16}  {word}"
+            f"{readable(plan.memory.total):>10}{times[0]:>11}{times[1]:>9}{times[2]:>16}  {word}"
         )
     lines.append("traffic is the program's where it was compiled, and the formulas' otherwise")
     if plans[0].fits(chip):

@@ -6,9 +6,12 @@
 * gradients: one copy of the parameters in their type, laid out as they are.
 * saved: what the forward pass keeps for the backward pass. It is counted by tracing the derivative
   of the model that one device runs: the layers of its stage, its heads and hidden units, its rows
-  and tokens. A ring saves its queries, keys, values and outputs, and no scores. Where time is
-  divided between blocks (`sequence`), arrays of the stream's width count a `tensor`-th.
-  A pipeline saves for each of its M + n - 1 steps a micro-batch: (M + n - 1) / M as much.
+  and tokens. A ring saves its queries, keys, values and outputs, and no scores, and so does cuDNN's
+  fused attention, which a run takes on a GPU where it can. Where time is divided between blocks
+  (`sequence`), arrays of the stream's width count a `tensor`-th. A pipeline saves at each of its
+  M v + n - 1 steps what a micro-batch is in a v-th of its layers: (M v + n - 1) / M v as much.
+* head: its logits are saved with them; every device has those of its own rows and tokens, whichever
+  axes divide them, but every stage of a pipeline computes them all.
 * working: the larger of what one block needs when its turn comes in the backward pass (what it
   keeps or recomputes; gradients take the places of what they have used up) and of the gradient of
   the logits; besides, kernels that were gathered: of two layers, one in use and one on its way, and
@@ -31,17 +34,18 @@ from jax.sharding import AbstractMesh, AxisType
 
 from experiments.assemble import abstract_frozen, abstract_state, assemble
 from experiments.layout import Division, lay_out, of_state
-from experiments.plan_step import abstract_batch
-from model.attention import Attention, dot_product_attention
+from experiments.plan_step import ATTENTIONS, PLAIN, abstract_batch
+from model.attention import Attention, Dropout, Visibility, keeps_from
 from model.config import TransformerConfig
 from model.flops import abstract_params
 from model.transformer import Transformer
 from parallel.mesh import AXES
+from parallel.pipeline import steps_of
 from parallel.report import bytes_of, bytes_per_device
 from parallel.vocabulary import padded_size
 from train.losses import loss_function
 from train.plugs import Context
-from train.settings import Settings
+from train.settings import Phase, Settings
 
 
 class Memory(NamedTuple):
@@ -69,16 +73,25 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def memory_of(settings: Settings, sizes: Mapping[str, int], division: Division) -> Memory:
+def memory_of(
+    settings: Settings,
+    sizes: Mapping[str, int],
+    division: Division,
+    platform: str = "any",
+    attention: str = "mesh",
+) -> Memory:
     """Returns the bytes on each device in a step of the first phase.
 
     Args:
       settings: of the run.
       sizes: devices by axis, all axes; they need not exist.
       division: what the mesh leaves open.
+      platform: of the chips, "gpu" or "tpu"; "any" for the forms that all have.
+      attention: a key of `experiments.plan_step.ATTENTIONS`.
 
     Raises:
-      ValueError: heads, layers, batch or vocabulary that the mesh does not divide.
+      ValueError: heads, layers, batch or vocabulary that the mesh does not divide; an attention
+        that there is not, there or for this model.
 
     >>> from model.presets import modern_tiny
     >>> from train.settings import Phase
@@ -100,7 +113,8 @@ def memory_of(settings: Settings, sizes: Mapping[str, int], division: Division) 
         name: bytes_per_device(getattr(state, name), getattr(shardings, name))
         for name in ("params", "optimizer", "extra")
     }
-    saved, working = activation_bytes(settings, sizes, division)
+    form = attention_form(phase, sizes, platform, attention)
+    saved, working = activation_bytes(settings, sizes, division, form)
     return Memory(
         held["params"] + bytes_of(frozen),
         held["optimizer"] + held["extra"],
@@ -110,22 +124,71 @@ def memory_of(settings: Settings, sizes: Mapping[str, int], division: Division) 
     )
 
 
+def attention_form(
+    phase: Phase, sizes: Mapping[str, int], platform: str, attention: str
+) -> Attention:
+    """Returns an attention that saves what that of a run does.
+
+    Args: as `memory_of`.
+
+    Raises:
+      ValueError: an unknown one, or one that cannot be had there.
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention {attention!r} is none of {', '.join(ATTENTIONS)}")
+    ring = sizes["context"]
+    if ring > 1 and attention in ("plain", "fused"):
+        raise ValueError(
+            f"over context={ring} attention is a ring, not {attention!r}; leave --attention out, "
+            "or set context=1"
+        )
+    if attention == "ring" or ring > 1:
+        return saves_no_scores
+    if attention == "plain":
+        return PLAIN
+    kept = keeps_from_fused(phase) if platform == "gpu" else "a chip that is no GPU"
+    if attention == "fused" and kept:
+        raise ValueError(f"cuDNN's fused attention cannot have {kept}; take --attention plain")
+    return PLAIN if kept else saves_no_scores
+
+
+def keeps_from_fused(phase: Phase) -> str | None:
+    """Returns what keeps a phase's attention from cuDNN's fused kernel, or None."""
+    config, time = phase.model, phase.sequence_length
+    q = jax.ShapeDtypeStruct((1, time, config.heads, config.head_width_), config.dtype)
+    window: Any = config.window  # of all layers, or a tuple of them: of which a scan takes one
+    dropout = Dropout(config.dropout, None) if config.dropout else None  # type: ignore[arg-type]
+    return keeps_from("cudnn", q, q, Visibility(window=window), dropout)  # type: ignore[arg-type]
+
+
 def activation_bytes(
-    settings: Settings, sizes: Mapping[str, int], division: Division
+    settings: Settings,
+    sizes: Mapping[str, int],
+    division: Division,
+    attention: Any,
 ) -> tuple[int, int]:
     """Returns the bytes that a device saves for the backward pass, and those that it works in.
 
-    Args: as `memory_of`.
+    Args:
+      settings: as `memory_of`, and so the next two.
+      sizes: see there.
+      division: see there.
+      attention: from `attention_form`.
     """
     phase, t = settings.phases[0], sizes["tensor"]
     rows = phase.batch_size // (sizes["data"] * sizes["fsdp"] * settings.micro_batches)
-    time = phase.sequence_length // sizes["context"]
+    length = phase.sequence_length
+    time = length // sizes["context"]
     local = local_config(settings, sizes)
-    attention = saves_no_scores if sizes["context"] > 1 else PLAIN
     shares = t if "sequence" in division.strategies else 1
 
+    chunk, positions = settings.loss_chunk, rows * time
+    if chunk is not None:  # of all devices' positions; each has its part of every chunk
+        chunk = max(1, chunk * positions * settings.micro_batches // (phase.batch_size * length))
+        positions = min(positions, rows * max(1, chunk // rows))
+
     def saved_by(config: TransformerConfig) -> dict[str, int]:
-        return _saved(config, rows, time, attention, settings.loss_chunk, shares)
+        return _saved(config, rows, time, attention, chunk, shares)
 
     none = dataclasses.replace(local, remat="none")
     one, two = (saved_by(dataclasses.replace(none, layers=n, window=None)) for n in (1, 2))
@@ -137,11 +200,10 @@ def activation_bytes(
     passes = 1.0
     if (stages := sizes["pipeline"]) > 1:
         parts = division.pipeline_micro_batches or stages
-        passes = (parts * division.pipeline_rounds + stages - 1) / parts
+        rounds = division.pipeline_rounds
+        passes = steps_of(stages, parts, rounds) / (parts * rounds)
         block //= parts
-    logits = kept["head"]
-    if settings.loss_chunk is not None:  # they are computed again, a chunk at a time
-        logits = settings.loss_chunk * local.vocabulary_size * 4
+    logits = positions * local.vocabulary_size * 4  # their gradient, of a chunk at a time
     return round(kept["blocks"] * passes) + kept["head"], max(block, logits)
 
 
@@ -194,10 +256,6 @@ def saves_no_scores(q_BTHK, k_BSGK, v_BSGK, visibility, dropout) -> jax.Array:
     return _attend(q_BTHK, k_BSGK, v_BSGK)
 
 
-PLAIN: Any = functools.partial(dot_product_attention, platform="any")
-"""The form of other platforms than the one that counts, which may be a single CPU."""
-
-
 @functools.lru_cache(maxsize=256)
 def _saved(
     config: TransformerConfig,
@@ -232,7 +290,7 @@ def _saved(
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if leaf.shape and leaf.shape[-1] == config.width:
             size //= shares
-        # Logits are [N, V], or [chunks, N, V]; what blocks save is stacked, [L, B, T, ...].
+        # Logits are [B, T, V]; what blocks save is stacked, [L, B, T, ...].
         logits = leaf.ndim in (2, 3) and leaf.shape[-1] == config.vocabulary_size
         sums["head" if logits else "blocks"] += size
     return sums

@@ -6,7 +6,7 @@ All are ranked by arithmetic (`experiments.plan_memory`, `experiments.plan_time`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.layout import Division
@@ -17,7 +17,7 @@ from model.flops import parameter_count
 from parallel.chips import Chip
 from parallel.mesh import AXES
 from parallel.traffic import Collective
-from parallel.traffic_formulas import TEXTBOOK, TPU, expected, volumes
+from parallel.traffic_formulas import TEXTBOOK, TPU, Volumes, expected, gradients, volumes
 from train.settings import Settings, to_json
 
 HEADROOM = 0.92
@@ -66,15 +66,42 @@ class Plan:
         return compiles and self.memory.total <= HEADROOM * chip.memory
 
 
-def estimate(settings: Settings, sizes: Mapping[str, int], division: Division, chip: Chip) -> Plan:
+def estimate(
+    settings: Settings,
+    sizes: Mapping[str, int],
+    division: Division,
+    chip: Chip,
+    attention: str = "mesh",
+) -> Plan:
     """Returns a plan by arithmetic alone.
+
+    Args:
+      settings: of the run.
+      sizes: devices by axis, all axes.
+      division: what the mesh leaves open.
+      chip: which.
+      attention: a key of `experiments.plan_step.ATTENTIONS`.
 
     Raises:
       ValueError: a model or a batch that the mesh does not divide.
     """
-    memory = memory_of(settings, sizes, division)
+    memory = memory_of(settings, sizes, division, chip.platform, attention)
     return _timed(
         settings, sizes, division, chip, memory, _formulas(settings, sizes, division, chip)
+    )
+
+
+def _volumes(settings: Settings, sizes: Mapping[str, int], division: Division) -> Volumes:
+    """Of one of the micro-batches that a batch is accumulated over."""
+    phase = settings.phases[0]
+    return volumes(
+        phase.model,
+        sizes,
+        rows=phase.batch_size // settings.micro_batches,
+        time=phase.sequence_length,
+        vocabulary_multiple=settings.vocabulary_multiple,
+        parts=division.pipeline_micro_batches,
+        rounds=division.pipeline_rounds,
     )
 
 
@@ -82,14 +109,7 @@ def _formulas(
     settings: Settings, sizes: Mapping[str, int], division: Division, chip: Chip
 ) -> list[Collective]:
     phase, again = settings.phases[0], settings.micro_batches
-    v = volumes(
-        phase.model,
-        sizes,
-        rows=phase.batch_size // again,
-        time=phase.sequence_length,
-        vocabulary_multiple=settings.vocabulary_multiple,
-        parts=division.pipeline_micro_batches,
-    )
+    v = _volumes(settings, sizes, division)
     backend = TPU if chip.platform == "tpu" else TEXTBOOK
     recomputes = phase.model.remat == "full"
     formulas = [  # every micro-batch gathers, sums and sends; updates are made once
@@ -99,10 +119,47 @@ def _formulas(
     return as_collectives(sizes, formulas)
 
 
+def sums_after_loops(
+    found: Sequence[Collective], v: Volumes, more: Sequence[str]
+) -> list[Collective]:
+    """Returns collectives with the sums of a pipeline's gradients where XLA for GPUs has them.
+
+    What is read of a program for GPUs is how it was divided, before the passes that follow: there
+    each step of a pipeline sums the gradients of its stage. XLA for GPUs moves such a sum behind
+    the loop that adds up its results (the pass WhileLoopAllReduceCodeMotion), as XLA for TPUs does
+    and GPipe asks for; by default it leaves a reduce-scatter, which FSDP has, where it is.
+
+    Args:
+      found: collectives of the program.
+      v: volumes of the model.
+      more: strategies, see `parallel.traffic_formulas.expected`.
+    """
+    inside = {
+        (each.axes, each.bytes)
+        for each in gradients(v, more, TEXTBOOK._replace(sums_after_loops=False))
+        if each.times == v.blocks
+    }
+
+    def moved(each: Collective) -> Collective:
+        sums = each.kind == "all-reduce" and each.times % v.blocks == 0
+        if not sums or not each.parts or any((each.axes, p) not in inside for p in each.parts):
+            return each
+        return each._replace(times=each.times // v.blocks * v.layers)
+
+    return [moved(each) for each in found]
+
+
 def compiled(
     settings: Settings, plan: Plan, chip: Chip, attention: str = "mesh", timeout: float = 1800.0
 ) -> Plan:
     """Returns a plan with what its compiler says of it; its traffic is then the program's.
+
+    Args:
+      settings: of the run.
+      plan: by arithmetic, from `estimate` or `search`.
+      chip: that it is compiled for.
+      attention: a key of `experiments.plan_step.ATTENTIONS`.
+      timeout: seconds that the compiler may take.
 
     Raises:
       ValueError: the compiler for this chip is not installed.
@@ -118,14 +175,19 @@ def compiled(
         plan.division.pipeline_rounds,
     )
     result = compile_elsewhere(request, timeout)
-    traffic = result.collectives if result.verdict == FITS else plan.traffic
+    traffic: Sequence[Collective] = result.collectives if result.verdict == FITS else plan.traffic
+    if result.verdict == FITS and chip.platform == "gpu" and plan.sizes["pipeline"] > 1:
+        v = _volumes(settings, plan.sizes, plan.division)
+        traffic = sums_after_loops(traffic, v, plan.division.strategies)
     made = _timed(settings, plan.sizes, plan.division, chip, plan.memory, list(traffic))
     return Plan(
         made.sizes, made.division, made.memory, made.time, made.traffic, made.by_axes, result
     )
 
 
-def search(settings: Settings, devices: int, chip: Chip, most: int = 12) -> list[Plan]:
+def search(
+    settings: Settings, devices: int, chip: Chip, most: int = 12, attention: str = "mesh"
+) -> list[Plan]:
     """Returns the fastest plans that fit by arithmetic, in order (with nothing overlapped).
 
     With `sequence` wherever there is `tensor`, which stays inside a node of GPUs, and ZeRO-1
@@ -136,6 +198,7 @@ def search(settings: Settings, devices: int, chip: Chip, most: int = 12) -> list
       devices: how many.
       chip: which.
       most: plans, at most; memory is looked at for no more meshes than that takes.
+      attention: a key of `experiments.plan_step.ATTENTIONS`.
     """
     timed = []
     budget = HEADROOM * chip.memory
@@ -155,7 +218,7 @@ def search(settings: Settings, devices: int, chip: Chip, most: int = 12) -> list
         if len(found) == most:
             break
         try:
-            memory = memory_of(settings, plan.sizes, plan.division)
+            memory = memory_of(settings, plan.sizes, plan.division, chip.platform, attention)
         except ValueError:  # what `division_for` does not look at
             continue
         made = _timed(settings, plan.sizes, plan.division, chip, memory, list(plan.traffic))

@@ -7,6 +7,7 @@ memory need exist: the devices of the mesh may be a description of a machine els
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,13 +33,20 @@ from train.plugs import State, whole
 from train.settings import Settings
 from train.step import make_train_step
 
+PLAIN: Attention = functools.partial(dot_product_attention, platform="any", form="plain")
+"""Holds all scores."""
+
 ATTENTIONS: dict[str, Callable[[], Attention] | None] = {
     "mesh": None,
-    "plain": lambda: dot_product_attention,
+    "plain": lambda: PLAIN,
+    # It keeps no scores and sends what plain attention does, which is what is compiled in its
+    # place: cuDNN's kernel is for no CPU, and a compiler for TPUs has none.
+    "fused": lambda: PLAIN,
     "ring": ring_attention,
 }
-"""Forms of attention by name: that of the mesh (a ring over `context`, else plain), or one of two.
+"""Forms of attention by name: that of a run on the mesh and its chips, or one of three.
 
+"mesh" is a ring over `context`, and without it what `model.attention.form_for` says of the target.
 The form is the target's, whatever machine does the planning.
 """
 

@@ -8,7 +8,7 @@
     utilisation   = FLOPs that the model needs / (devices * peak * step)
 
 FLOPs are the analytic count of `model.flops`: a backward pass is two forward passes, `remat="full"`
-one more. All devices of a ring and all stages of a pipeline compute the whole head.
+one more. All stages of a pipeline compute the whole head.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def time_of(
     head = 2.0 * config.width * config.vocabulary_size
     passes = 4 if config.remat == "full" else 3
     blocks = passes * (forward - head) * tokens / devices
-    head_devices = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     stages = sizes["pipeline"]
     if stages > 1:
         parts = division.pipeline_micro_batches or stages
@@ -101,7 +100,7 @@ def time_of(
     # Parameters and state are read and written, gradients are written and read.
     moved = 2 * (memory.parameters + memory.optimizer + memory.gradients)
     return Time(
-        (blocks + 3 * head * tokens / head_devices) / peak,
+        (blocks + 3 * head * tokens * stages / devices) / peak,
         moved / chip.bandwidth,
         communication,
         3 * forward * tokens,

@@ -1,6 +1,6 @@
 """From features to logits, for every model that has a head.
 
-Shapes: N positions, D width, V vocabulary.
+Shapes: N positions (any number of axes), D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def logits_from(
     if config.logit_softcap is not None:
         logits_NV = config.logit_softcap * jnp.tanh(logits_NV / config.logit_softcap)
     V = config.vocabulary_size
-    if padded and logits_NV.shape[1] > V:
-        real_V = jnp.arange(logits_NV.shape[1]) < V
+    if padded and logits_NV.shape[-1] > V:
+        real_V = jnp.arange(logits_NV.shape[-1]) < V
         return jnp.where(real_V, logits_NV, jnp.finfo(logits_NV.dtype).min)
-    return logits_NV[:, :V]
+    return logits_NV[..., :V]

@@ -74,7 +74,9 @@ def make_mesh(
 def parse_mesh(text: str) -> dict[str, int]:
     """Returns the arguments of `make_mesh` that a command line wrote, as in `data=2,tensor=4`.
 
-    `data` takes whatever is left, unless it is given or another axis is -1.
+    Axes that are left out are left to `make_mesh`, where `data` takes whatever is left; `data` is 1
+    where another axis is -1. A run's mesh (`experiments.layout.mesh_of`) has `data=1` wherever
+    axes are named without it, and may leave devices idle, which it says.
 
     Raises:
       ValueError: an unknown axis, an axis given twice, or no whole number; the axes are listed.

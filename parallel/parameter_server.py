@@ -12,6 +12,19 @@ arXiv:1910.02054). Every leaf is laid flat, padded and cut into W slices, so the
 at each number by itself: SGD, Adam, AdamW, Lion and so on, but not Muon, Adafactor or LAMB, which
 look at whole matrices. Which is which is tried out, not listed.
 
+    state = init_server(params, optimizer, workers=8)
+    step = jax.jit(server_step(loss_function(model, terms), optimizer, params), donate_argnums=0)
+    with jax.set_mesh(make_mesh(data=8)):
+        for batch in batches:
+            state, metrics = step(state, batch, context)
+    params = whole_params(state, params)
+
+It is a step of its own and no method of `experiments.pretrain`: methods plug into a step over whole
+parameters, in whose shapes and paths rules, optimizers of matrices, checkpoints and exports speak,
+and flat slices have neither. There, `--mesh fsdp=8` (or `--mesh data=8 --strategies zero1`) keeps
+an eighth of the state on each device and composes with all of them; the collectives are then the
+compiler's, and are the same ones.
+
 Shapes: W workers, n numbers of a leaf, N = n padded to a multiple of W, S = N / W of a slice.
 """
 
@@ -116,6 +129,17 @@ def server_step(
     Raises:
       ValueError: for an optimizer that is not elementwise; when called, if the mesh has no such
         axis, or W does not divide the slices or rows.
+
+    >>> params, optimizer = {"w": jnp.ones(3)}, optax.sgd(0.5)
+    >>> loss = lambda params, batch, context: ((batch["x"] @ params["w"]).sum(), {})
+    >>> mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+    >>> step = jax.jit(server_step(loss, optimizer, params))
+    >>> context = NamedTuple("Context", [("rng", jax.Array)])(jax.random.key(0))
+    >>> with jax.set_mesh(mesh):
+    ...     state = init_server(params, optimizer, workers=1)
+    ...     state, _ = step(state, {"x": jnp.eye(3)[:2]}, context)
+    >>> whole_params(state, params)["w"].tolist()
+    [0.5, 0.5, 1.0]
     """
     check_elementwise(optimizer, shapes)
     optimizer = optax.with_extra_args_support(optimizer)

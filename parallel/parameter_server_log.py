@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,18 +88,25 @@ class Log:
         payload, _ = next(_records(content, path, tail=False))
         return unpack(payload)
 
-    def open(self) -> list[Arrays]:
+    def open(self, patience: float = 10.0) -> list[Arrays]:
         """Returns the records of the log and makes it ready for more; cuts off a torn last one.
 
+        From here to `close` the log is this process's alone: two that appended to one file would
+        write over what the other has acknowledged. The lock ends with the process that has it.
+
+        Args:
+          patience: seconds in which another process, which may be about to die, has to let go.
+
         Raises:
-          ValueError: a record before the last is damaged.
+          ValueError: a record before the last is damaged, or another process has the log.
         """
         path = self.folder / "log"
-        content = path.read_bytes() if path.exists() else b""
-        found = list(_records(content, path, tail=True))
-        end = found[-1][1] if found else 0
         file = path.open("r+b" if path.exists() else "w+b")
         try:
+            _lock(file, path, patience)
+            content = path.read_bytes()
+            found = list(_records(content, path, tail=True))
+            end = found[-1][1] if found else 0
             self.disk.truncate(file, end)
             self.disk.sync(file)
             self.disk.sync_folder(self.folder)
@@ -157,6 +165,23 @@ class Log:
         if self._file is None:
             raise ValueError(f"the log in {self.folder} is not open; open a new one, which replays")
         return self._file
+
+
+def _lock(file: BinaryIO, path: Path, patience: float) -> None:
+    """Takes the file for this process alone (`flock`), which closing it undoes."""
+    import fcntl  # of Unix; the rest of the module runs anywhere
+
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= end:
+                raise ValueError(
+                    f"{path} is in use by another server, which did not let go of it in "
+                    f"{patience:g} s; stop that one, or give this one a folder of its own"
+                ) from error
+            time.sleep(0.05)
 
 
 def pack(arrays: Arrays) -> bytes:

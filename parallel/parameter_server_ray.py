@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -309,7 +310,7 @@ def acknowledged(done: Sequence[Done], servers: int) -> list[dict[str, int]]:
     sums: list[dict[str, int]] = [{} for _ in range(servers)]
     for each in done:
         for shard, reply in enumerate(each.replies):
-            if reply.outcome != "stale":
+            if reply.acknowledged:
                 sums[shard][each.name] = sums[shard].get(each.name, 0) + 1
     return sums
 
@@ -319,12 +320,15 @@ def audit(done: Sequence[Done], counts: Sequence[Counts]) -> dict[str, int]:
 
     `lost` are acknowledged and not applied, and must be 0. `unheard` are applied and their worker
     died, or the run ended, before it heard of it: at most one a shard for each worker that did.
+    `skipped` were never sent, as their gradients were not finite.
 
     >>> done = [Done(0, "0.1", 1, (Reply("applied", 1),), 2.0, 0.1)]
     >>> audit(done, [Counts(2, {"0.1": 2}, {"0.1": 2}, 0, 0, 0)])
-    {'acknowledged': 1, 'applied': 2, 'lost': 0, 'unheard': 1, 'stale': 0, 'seen': 0}
+    {'acknowledged': 1, 'applied': 2, 'lost': 0, 'unheard': 1, 'stale': 0, 'seen': 0, \
+'skipped': 0}
     """
     heard = acknowledged(done, len(counts))
+    outcomes = Counter(reply.outcome for each in done for reply in each.replies)
     lost = unheard = 0
     for told, count in zip(heard, counts, strict=True):
         for name in {*told, *count.of_worker}:
@@ -335,6 +339,5 @@ def audit(done: Sequence[Done], counts: Sequence[Counts]) -> dict[str, int]:
         "applied": sum(count.applied for count in counts),
         "lost": lost,
         "unheard": unheard,
-        "stale": sum(reply.outcome == "stale" for each in done for reply in each.replies),
-        "seen": sum(reply.outcome == "seen" for each in done for reply in each.replies),
+        **{name: outcomes[name] for name in ("stale", "seen", "skipped")},
     }

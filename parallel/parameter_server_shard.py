@@ -50,10 +50,18 @@ class Push(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What became of a push: "applied" and "seen" (applied before) are acknowledgements."""
+    """What became of a push: "applied" and "seen" (applied before) are acknowledgements.
 
-    outcome: Literal["applied", "seen", "stale"]
+    "stale" was refused, and "skipped" was never sent (see `work`).
+    """
+
+    outcome: Literal["applied", "seen", "stale", "skipped"]
     version: int
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether the update is in the shard for good."""
+        return self.outcome in ("applied", "seen")
 
 
 class Counts(NamedTuple):
@@ -166,8 +174,8 @@ class Shard:
         if gradient.shape != self._params.shape or not np.isfinite(gradient).all():
             raise ValueError(
                 f"{push.worker!r} pushed a gradient of shape {gradient.shape}, where finite "
-                f"numbers of shape {self._params.shape} are held; skip a step whose loss is not "
-                "finite"
+                f"numbers of shape {self._params.shape} are held; skip a step whose gradient is "
+                "not finite, as `work` does"
             )
         record: Arrays = {
             "update": np.int64(self._version + 1),
@@ -244,6 +252,9 @@ def work(
 ) -> tuple[list[Reply], float]:
     """One step of a worker: pulls all shards, computes, pushes to all; returns replies and loss.
 
+    A gradient with numbers that are not finite is pushed to none of them, and all replies are
+    "skipped": one bad batch neither spoils the parameters nor ends the run.
+
     Args:
       servers: in the order of the parameters.
       gradient: parameters [n] -> gradient [n] and the loss.
@@ -252,6 +263,8 @@ def work(
     """
     pulled = [server.pull() for server in servers]
     grads, loss = gradient(np.concatenate([params for _, params in pulled]))
+    if not np.isfinite(grads).all():
+        return [Reply("skipped", version) for version, _ in pulled], loss
     ends = np.cumsum([len(params) for _, params in pulled])[:-1]
     rows = zip(servers, pulled, np.split(grads, ends), strict=True)
     replies = [

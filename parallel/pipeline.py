@@ -10,7 +10,9 @@ Narayanan et al. 2021, arXiv:2104.04473), which divides the idle time by v:
 
     steps = M v + n - 1,   useful = M v,   bubble = (n - 1) / (M v + n - 1)
 
-The backward pass is the derivative of this loop: the same steps in reverse.
+The backward pass is the derivative of this loop: the same steps in reverse. Where other axes divide
+the rows, what a step adds to the gradients is a sum over their devices. XLA for TPUs and GPUs moves
+that sum behind the loop; XLA:CPU leaves it there and sends gradients at every step.
 
 Shapes: L layers, n devices, v rounds, M micro-batches.
 """

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from model.rules import Rules, leaf_paths, match, path_of, shadowed
 from parallel.mesh import AXES, BATCH_AXES
 from parallel.placement_strategies import Strategy
+from parallel.vocabulary import TABLES
 
 PyTree = Any
 Parts = tuple[tuple[str, ...], ...]
@@ -284,11 +285,13 @@ def _shardings(mesh: Mesh, params: PyTree, specs: PyTree) -> PyTree:
             size, length = math.prod(mesh.shape[name] for name in names), leaf.shape[axis]
             if length % size:
                 by = " * ".join(f"{name}={mesh.shape[name]}" for name in names)
+                path = path_of(key_path)
+                words = any(f"/{path}".endswith(f"/{t}") and TABLES[t] == axis for t in TABLES)
                 raise ValueError(
-                    f"{path_of(key_path)!r} of shape {tuple(leaf.shape)} has {length} along axis "
-                    f"{axis}, which {by} does not divide; the next multiple of {size} is "
-                    f"{-(-length // size) * size} (a vocabulary can be padded to it, see "
-                    "parallel/vocabulary.py)"
+                    f"{path!r} of shape {tuple(leaf.shape)} has {length} along axis {axis}, which "
+                    f"{by} does not divide; the next multiple of {size} is "
+                    f"{-(-length // size) * size}"
+                    + (f": pad the vocabulary with --vocabulary-multiple {size}" if words else "")
                 )
         return NamedSharding(mesh, spec)
 

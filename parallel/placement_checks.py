@@ -45,7 +45,8 @@ def check_placement(
 
     Raises:
       ValueError: heads, layers, batch, time or vocabulary that the mesh does not divide; an axis of
-        the mesh that divides nothing; rules that do not fit the parameters.
+        the mesh that divides nothing; a strategy whose axes are of size 1; rules that do not fit
+        the parameters.
 
     >>> from model.presets import gpt2_tiny
     >>> from parallel.mesh import make_mesh
@@ -57,6 +58,7 @@ def check_placement(
     params = jax.eval_shape(
         lambda tree: pad_vocabulary(tree, vocabulary_multiple), abstract_params(config)
     )
+    check_strategies_used(mesh, strategies)
     param_shardings(mesh, params, strategies, rules)
     check_axes_used(mesh, params, strategies, rules)
 
@@ -84,8 +86,8 @@ def check_model(mesh: Mesh, config: TransformerConfig, vocabulary_multiple: int 
     rows = padded_size(config.vocabulary_size, vocabulary_multiple)
     if rows % tensor:
         raise ValueError(
-            f"a vocabulary of {rows} does not divide over tensor={tensor}; pad it to a multiple of "
-            f"{tensor}, which is {padded_size(config.vocabulary_size, tensor)}"
+            f"a vocabulary of {rows} does not divide over tensor={tensor}; pad it to "
+            f"{padded_size(config.vocabulary_size, tensor)} with --vocabulary-multiple {tensor}"
         )
     if config.layers % pipeline:
         raise ValueError(
@@ -145,6 +147,34 @@ def check_axes_used(
                 f"{name}={size} divides no parameter (strategies: {', '.join(names)}): {size} "
                 f"devices would do the same work. Add a strategy that uses it, or set {name}=1 and "
                 f"data={size * mesh.shape['data']}"
+            )
+
+
+def check_strategies_used(mesh: Mesh, strategies: Sequence[Strategy]) -> None:
+    """Checks that every strategy has an axis above 1 to divide something over.
+
+    Raises:
+      ValueError: a strategy that would have no effect.
+
+    >>> from parallel.mesh import make_mesh
+    >>> from parallel.placement_strategies import sequence
+    >>> check_strategies_used(make_mesh(devices=jax.devices()[:1]), [sequence({})])
+    Traceback (most recent call last):
+    ...
+    ValueError: the strategy 'sequence' has no effect on a mesh with tensor=1: give that axis \
+devices, or leave the strategy out
+    """
+    for strategy in strategies:
+        entries = [
+            entry for _, spec in (*strategy.parameters, *strategy.optimizer) for entry in spec
+        ]
+        entries += [axes for _, axes in strategy.activations]
+        names = {n for e in entries if e for n in ([e] if isinstance(e, str) else e)}
+        if all(mesh.shape[name] == 1 for name in names):
+            axes = _sizes(mesh, sorted(names)) or "any axes: no rule of it matches a parameter"
+            raise ValueError(
+                f"the strategy {strategy.name!r} has no effect on a mesh with {axes}: give that "
+                "axis devices, or leave the strategy out"
             )
 
 

@@ -156,15 +156,15 @@ def block_specs(config: TransformerConfig, params: PyTree, axis: str = "tensor")
 
 def _attend(config, collectives, axis, attention, params, x_BSD, visibility, turn):
     c, p = config, params["attention"]
-    x_BSD = _norm(norm(c, "attention_norm"), params["attention_norm"], x_BSD)
+    x_BSD = _norm(norm(c, "attention_norm"), params, x_BSD)
     products = collectives.enter(x_BSD, [p[name]["kernel"] for name in "qkv"], axis)
     q, k, v = (
         _bias(p[name], h_BTF).reshape(*h_BTF.shape[:2], -1, c.head_width_)
         for name, h_BTF in zip("qkv", products, strict=True)
     )
     if c.qk_norm:
-        q = _norm(norm(c, "q_norm", "rmsnorm"), p["q_norm"], q)
-        k = _norm(norm(c, "k_norm", "rmsnorm"), p["k_norm"], k)
+        q = _norm(norm(c, "q_norm", "rmsnorm"), p, q)
+        k = _norm(norm(c, "k_norm", "rmsnorm"), p, k)
     if turn is not None:
         q, k = rotate(q, turn), rotate(k, turn)
     y = attention(q, k, v, visibility, None)
@@ -176,7 +176,7 @@ def _attend(config, collectives, axis, attention, params, x_BSD, visibility, tur
 def _feed_forward(config, collectives, axis, params, x_BSD):
     c, p = config, params["mlp"]
     activate, gated = ACTIVATIONS[c.activation]
-    x_BSD = _norm(norm(c, "mlp_norm"), params["mlp_norm"], x_BSD)
+    x_BSD = _norm(norm(c, "mlp_norm"), params, x_BSD)
     names = ["up", "gate"] if gated else ["up"]
     products = collectives.enter(x_BSD, [p[name]["kernel"] for name in names], axis)
     up, *gate = (_bias(p[name], h) for name, h in zip(names, products, strict=True))
@@ -185,7 +185,8 @@ def _feed_forward(config, collectives, axis, params, x_BSD):
 
 
 def _norm(module: Norm, params: PyTree, x: jax.Array) -> jax.Array:
-    return cast(jax.Array, module.apply({"params": params}, x))
+    """With its parameters among those of the block, if it has any."""
+    return cast(jax.Array, module.apply({"params": params.get(module.name, {})}, x))
 
 
 def _bias(p: PyTree, y: jax.Array) -> jax.Array:

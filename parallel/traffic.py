@@ -83,6 +83,7 @@ _CALLED = re.compile(r"(?:body|condition|calls|to_apply|branch_computations)=(\{
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHAIN = re.compile(r"channel_id=(\d+).*chain_id=\"(\d+)\"")
 _CONSTANT = re.compile(r"%?(?P<name>[\w.\-]+) = s32\[\]\S* constant\((?P<value>\d+)\)")
+_COPY = re.compile(r"%?(?P<name>[\w.\-]+) = s32\[\]\S* copy\(%?(?P<source>[\w.\-]+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(.*?%?(?P<right>[\w.\-]+)\), direction=LT")
 
 
@@ -193,9 +194,14 @@ def _trips(line: str, lines_of: dict[str, list[str]]) -> int | None:
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     lines = lines_of.get(condition[1], []) if condition else []
     constants = {m["name"]: int(m["value"]) for each in lines if (m := _CONSTANT.search(each))}
+    # The division of a shard_map over some of the axes leaves copies between the two.
+    copies = {m["name"]: m["source"] for each in lines if (m := _COPY.search(each))}
     for each in lines:
         if below := _BELOW.search(each):
-            return constants.get(below["right"])
+            limit = below["right"]
+            while limit in copies:
+                limit = copies[limit]
+            return constants.get(limit)
     return None
 
 

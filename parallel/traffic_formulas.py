@@ -16,14 +16,14 @@ textbook, `Backend` says how, so that the difference has a name instead of a tol
 | tensor   | two sums of the stream             | two sums of its gradient              |
 | sequence | two gathers, two scattered sums    | the same                              |
 | ring     | n - 1 hops of keys and values      | n - 1 hops of them and their gradients|
-| pipeline | M + n - 1 hops of a micro-batch    | the same                              |
+| pipeline | M v + n - 1 hops of a micro-batch  | the same; gradients summed, once      |
 
 Sources: Rajbhandari et al. 2020 (arXiv:1910.02054) for ZeRO and FSDP, Shoeybi et al. 2019
 (arXiv:1909.08053) for tensor, Korthikanti et al. 2022 (arXiv:2205.05198) for sequence, Liu et al.
 2023 (arXiv:2310.01889) for the ring, Huang et al. 2019 (arXiv:1811.06965) for the pipeline.
 
 Shapes: B batch, T time, D width, V vocabulary, L layers, G key/value heads, K head width, M parts
-of a batch in a pipeline.
+of a batch in a pipeline that pass it v times.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from parallel.traffic_volumes import Volumes, volumes
 
 __all__ = [
     "CPU",
+    "DEPARTURES",
     "TEXTBOOK",
     "TPU",
     "Backend",
@@ -65,22 +66,33 @@ class Backend(NamedTuple):
         stages of a pipeline once for all micro-batches.
       looks_up_converted: the embedding's table is converted to the type of the computation before
         tokens are looked up in it.
+      adds_rows: it adds the losses of a device's rows before it sums them over a ring, one number.
     """
 
     scatters: bool = False
     joins_sums: bool = False
     sums_after_loops: bool = False
     looks_up_converted: bool = False
+    adds_rows: bool = False
 
 
 CPU = Backend()
-"""XLA:CPU."""
+"""XLA:CPU. It leaves the sums of gradients in the loop of a pipeline, at each of its steps."""
 
-TEXTBOOK = Backend(scatters=True, joins_sums=True)
-"""As the papers count."""
+TEXTBOOK = Backend(scatters=True, joins_sums=True, sums_after_loops=True, adds_rows=True)
+"""As the papers count; GPipe accumulates the gradients of its micro-batches, and sums once."""
 
-TPU = Backend(True, True, True, True)
+TPU = Backend(*[True] * 5)
 """XLA for TPUs."""
+
+DEPARTURES = {
+    "scatters": "no reduce-scatter: an all-reduce, of which each device takes a part",
+    "joins_sums": "the gradients of a branch's input are summed over devices one by one",
+    "sums_after_loops": "a pipeline's gradients are summed at each of its steps",
+    "looks_up_converted": "the table is converted before tokens are looked up in it",
+    "adds_rows": "the loss of each row is summed over a ring by itself",
+}
+"""What it says of a compiler that its `Backend` differs from `TEXTBOOK` there."""
 
 
 class Expected(NamedTuple):
@@ -137,7 +149,7 @@ def expected(
         form = sequence if "sequence" in more else tensor
         found += form(v, backend, recomputes) + vocabulary_loss(v)
     if v.sizes["context"] > 1:
-        found += ring(v, recomputes)
+        found += ring(v, backend, recomputes)
     if v.sizes["pipeline"] > 1:
         found += pipeline(v)
     return [each for each in found if each.times and each.bytes]
@@ -147,15 +159,13 @@ def gradients(v: Volumes, more: Sequence[str] = (), backend: Backend = CPU) -> l
     """Data parallelism: every gradient is summed once over all devices that saw other tokens.
 
     Over `fsdp`, which divides the kernels, a reduce-scatter leaves each device its part, which is
-    then summed over the others. In a pipeline each stage sums after every micro-batch that it ran,
-    idle ones too, unless the compiler moves the sum out of the loop.
+    then summed over the others. In a pipeline that is once for all micro-batches where the
+    compiler moves the sum out of the loop, and otherwise at every step of it, idle ones too.
     """
     n = v.sizes
-    blocks = v.layers * (1 if backend.sums_after_loops else v.rounds)
+    blocks = v.layers if backend.sums_after_loops else v.blocks
     others = tuple(name for name in ("data", "context") if n[name] > 1)
     every = tuple(name for name in ("data", "fsdp", "context") if n[name] > 1)
-    # Rows and time become one axis before the head, which all devices of a ring then compute.
-    of_head = tuple(name for name in others if name != "context")
     found: list[Expected] = []
 
     def matrix(why: str, count: int, size: int, axes: tuple[str, ...], divided: bool) -> None:
@@ -172,8 +182,7 @@ def gradients(v: Volumes, more: Sequence[str] = (), backend: Backend = CPU) -> l
     for name, size in v.kernels.items():
         matrix(f"gradient of {name}", blocks, size, others, True)
     for name, size in v.ends.items():
-        axes = of_head if name == "head" else others
-        matrix(f"gradient of {name}", 1, size, axes, True)
+        matrix(f"gradient of {name}", 1, size, others, True)
     if every:
         for names in (v.vectors, v.divided_vectors, v.whole_heads):
             found += _vectors(v, backend, every, names)
@@ -194,7 +203,7 @@ def _vectors(
     v: Volumes, backend: Backend, axes: tuple[str, ...], sizes: Mapping[str, int]
 ) -> list[Expected]:
     """Gradients of one kind of vectors."""
-    times, layers = v.layers * v.rounds, 1
+    times, layers = v.blocks, 1
     if backend.sums_after_loops:
         times, layers = 1, v.layers
     return [
@@ -226,7 +235,7 @@ def zero1(v: Volumes) -> list[Expected]:
 
 def fsdp(v: Volumes, backend: Backend = CPU) -> list[Expected]:
     """FSDP: each layer's kernels are gathered forwards and backwards, embedding and head once."""
-    axes, twice = ("fsdp",), 2 * v.layers * v.rounds
+    axes, twice = ("fsdp",), 2 * v.blocks
     return [
         *(Expected("all-gather", axes, twice, size, f"{k}") for k, size in v.kernels.items()),
         *(Expected("all-gather", axes, 1, size, k) for k, size in v.ends.items()),
@@ -240,7 +249,7 @@ def tensor(v: Volumes, backend: Backend = CPU, recomputes: bool = False) -> list
     Besides, one for the embedded tokens, as each device has some rows of the table, one for the
     gradient of what the head reads, and those of vectors that every head shares.
     """
-    axes, blocks = ("tensor",), v.layers * v.rounds
+    axes, blocks = ("tensor",), v.blocks
     part = v.stream // v.parts
     inputs = 2 if backend.joins_sums else sum(v.branches)
     embedded = v.stream if backend.looks_up_converted else v.embedded
@@ -259,7 +268,7 @@ def sequence(v: Volumes, backend: Backend = CPU, recomputes: bool = False) -> li
     Norms see a part of the tokens and sum their gradients. XLA gathers the embedding's table and
     sums its gradient, rather than look tokens up in part of it and scatter their sum.
     """
-    axes, blocks = ("tensor",), v.layers * v.rounds
+    axes, blocks = ("tensor",), v.blocks
     part = v.stream // v.parts
     summed = "reduce-scatter" if backend.scatters else "all-reduce"
     inputs = 2 if backend.joins_sums else sum(v.branches)
@@ -288,33 +297,28 @@ def vocabulary_loss(v: Volumes) -> list[Expected]:
     return [Expected("all-reduce", ("tensor",), 3, v.tokens, why)]
 
 
-def ring(v: Volumes, recomputes: bool = False) -> list[Expected]:
-    """Ring attention: n - 1 hops of keys and values, and as many of them and of their gradients.
-
-    Rows and time become one axis before the head, so that what it reads, the targets and their
-    weights are gathered.
-    """
+def ring(v: Volumes, backend: Backend = CPU, recomputes: bool = False) -> list[Expected]:
+    """Ring attention: n - 1 hops of keys and values, and as many of them and of their gradients."""
     n, axes = v.sizes["context"], ("context",)
-    hops = (n - 1) * v.layers * v.rounds
+    hops = (n - 1) * v.blocks
     keys, key_gradients = v.keys // v.parts, v.key_gradients // v.parts
     return [
         Expected("collective-permute", axes, (6 if recomputes else 4) * hops, keys, "keys, values"),
         Expected("collective-permute", axes, 2 * hops, key_gradients, "their gradients"),
-        Expected("all-gather", axes, 1, n * v.stream, "the head's input"),
-        Expected("all-gather", axes, 2, n * v.tokens, "targets and weights"),
+        Expected("all-reduce", axes, 0 if backend.adds_rows else 1, v.rows, "loss of each row"),
     ]
 
 
 def pipeline(v: Volumes) -> list[Expected]:
-    """A pipeline: M + n - 1 hops of a micro-batch each way; the last stage's output goes to all.
+    """A pipeline: M v + n - 1 hops of a micro-batch each way; the last stage's output goes to all.
 
-    All stages hold all of what enters, so that its gradient is summed over them.
+    All stages hold all of what enters, so that its gradient is summed over them. With several
+    rounds kernels also travel to their stages, and gradients back: compilers do this in ways of
+    their own, and it is not in here.
     """
     axes, part = ("pipeline",), v.stream // v.parts
     return [
-        Expected(
-            "collective-permute", axes, 2 * v.rounds, part, "a micro-batch, to the next stage"
-        ),
+        Expected("collective-permute", axes, 2 * v.steps, part, "a micro-batch, to the next stage"),
         Expected("collective-permute", axes, 2, v.stream, "the last stage's output, its gradient"),
         Expected("all-reduce", axes, 1, v.stream, "the last stage's output, to all"),
         Expected("all-reduce", axes, 1, v.stream, "gradient of the first stage's input"),

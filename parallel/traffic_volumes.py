@@ -16,6 +16,7 @@ from model.config import TransformerConfig
 from model.flops import abstract_params
 from model.rules import leaf_paths
 from parallel.mesh import AXES
+from parallel.pipeline import steps_of
 from parallel.vocabulary import padded_size
 
 
@@ -26,6 +27,7 @@ class Volumes(NamedTuple):
       sizes: devices by axis of the mesh.
       layers: of one stage of the pipeline.
       parts: M, or 1 without a pipeline.
+      rounds: v, times that each part passes the pipeline.
       kernels: of one layer, by name, each as one device of `tensor` works with it, in the type of
         the computation: they are converted before they are gathered, and so are their gradients.
       kept: bytes of a kernel as it is kept, for one in the type of the computation.
@@ -38,6 +40,7 @@ class Volumes(NamedTuple):
       stream: the activations [B, T, D] of one device, time whole but for `context`.
       embedded: the same as they come from the table, in its type.
       tokens: the ids of one device, four bytes each, and so any number for each token.
+      rows: four bytes for each row of one device.
       keys: keys, or values, [B, T, G, K] of one device.
       key_gradients: their gradients, at least float32.
       branches: products that read each of the two branches' inputs, as (attention, feed-forward).
@@ -46,6 +49,7 @@ class Volumes(NamedTuple):
     sizes: Mapping[str, int]
     layers: int
     parts: int
+    rounds: int
     kernels: Mapping[str, int]
     kept: float
     vectors: Mapping[str, int]
@@ -57,14 +61,23 @@ class Volumes(NamedTuple):
     stream: int
     embedded: int
     tokens: int
+    rows: int
     keys: int
     key_gradients: int
     branches: tuple[int, int]
 
     @property
-    def rounds(self) -> int:
-        """Times that a stage runs: M + n - 1."""
-        return self.parts + self.sizes["pipeline"] - 1
+    def steps(self) -> int:
+        """Times that a stage runs: M v + n - 1, see `parallel.pipeline`."""
+        return steps_of(self.sizes["pipeline"], self.parts, self.rounds)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a device runs forwards, idle steps of a pipeline included.
+
+        A stage has layers / v of a device's layers.
+        """
+        return self.layers // self.rounds * self.steps
 
 
 def volumes(
@@ -75,6 +88,7 @@ def volumes(
     time: int,
     vocabulary_multiple: int = 1,
     parts: int | None = None,
+    rounds: int = 1,
 ) -> Volumes:
     """Returns the bytes that the formulas are made of.
 
@@ -85,6 +99,7 @@ def volumes(
       time: T of a row.
       vocabulary_multiple: what the vocabulary is padded to a multiple of.
       parts: M of a pipeline, by default its stages.
+      rounds: v of a pipeline.
 
     >>> from model.presets import modern_tiny
     >>> volumes(modern_tiny(), {"tensor": 2}, rows=2, time=8).kernels["mlp/up"]
@@ -124,6 +139,7 @@ def volumes(
         n,
         config.layers // n["pipeline"],
         (n["pipeline"] if parts is None else parts) if n["pipeline"] > 1 else 1,
+        rounds if n["pipeline"] > 1 else 1,
         kernels,
         one / item,
         vectors,
@@ -135,6 +151,7 @@ def volumes(
         tokens * config.width * item,
         tokens * config.width * one,
         tokens * 4,
+        4 * rows // (n["data"] * n["fsdp"]),
         keys * item,
         keys * max(4, item),
         (3, 2 if config.activation == "swiglu" else 1),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.execute import Execution, execute
+from experiments.layout import idle, mesh_of
 from experiments.methods import Freeze
 from experiments.run import open_run
 from model.presets import gpt2_tiny, modern_tiny
@@ -96,6 +97,20 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path, text, mesh, strategies):
     ours, theirs = (jax.tree.leaves(open_run(tmp_path / name).params) for name in ("one", "moved"))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_devices_without_work_are_counted():
+    assert idle(mesh_of("fsdp=4")).startswith("4 of 8 devices are idle: the mesh has 4")
+    assert idle(mesh_of("")).startswith("7 of 8 devices are idle")
+    assert not idle(mesh_of("data=2,fsdp=4"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "count"), [("fsdp=4", 4), ("", 7)])
+def test_a_run_says_which_devices_have_no_work(tmp_path, text, capsys, mesh, count):
+    settings = settings_for(text, phases=(Phase(1, gpt2_tiny(), 8, 16),), optimizer=AdamW())
+    execute(settings, tmp_path / "some", on(mesh, progress=True))
+    assert f"{count} of 8 devices are idle" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

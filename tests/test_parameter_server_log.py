@@ -100,6 +100,19 @@ def test_after_a_failed_write_the_log_is_closed(tmp_path):
     assert numbers(again.open()) == [0]
 
 
+def test_a_log_belongs_to_one_server_at_a_time(tmp_path):
+    log = Log(tmp_path)
+    log.open()
+    log.append(record(0))
+    with pytest.raises(ValueError, match="log is in use by another server"):
+        Log(tmp_path).open(patience=0.1)
+    log.append(record(1))  # nothing of it was cut off
+    log.close()
+    again = Log(tmp_path)
+    assert numbers(again.open(patience=0)) == [0, 1]
+    again.close()
+
+
 def test_there_is_no_pickle(tmp_path):
     (tmp_path / "log").write_bytes(frame(pack({"a": np.array([{}], dtype=object)})))
     with pytest.raises(ValueError, match="allow_pickle=False"):

@@ -20,6 +20,17 @@ def make_gradient():
     return gradient
 
 
+def make_gradient_with_a_bad_batch():
+    """Batch 2 overflows."""
+    gradient = make_gradient()
+
+    def bad(flat, batch):
+        grads, loss = gradient(flat, batch)
+        return np.where(batch == 2, np.inf, grads), loss
+
+    return bad
+
+
 @pytest.fixture
 def ray_runtime(monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -58,10 +69,24 @@ def test_a_killed_worker_and_a_killed_shard(ray_runtime, tmp_path):
     np.testing.assert_allclose(params, np.ones(WIDTH), atol=0.15)
 
 
+@pytest.mark.slow
+def test_a_bad_batch_does_not_end_the_run(ray_runtime, tmp_path):
+    start = np.zeros(8, np.float32)
+    shards = server.start_shards(tmp_path, start, optax.sgd(0.1), servers=2, bound=20)
+    remote = [server.RemoteShard(shard) for shard in shards]
+    workers = server.Workers(shards, make_gradient_with_a_bad_batch, paces=[0.0, 0.0])
+    done = list(workers.run(6))
+    workers.stop()
+    found = server.audit(done, [shard.counts() for shard in remote])
+    assert len(done) == 6
+    assert (found["applied"], found["acknowledged"], found["skipped"]) == (10, 10, 2)
+
+
 def test_audit_tells_lost_from_unheard():
     done = [
         server.Done(0, "0.1", 1, (Reply("applied", 1), Reply("applied", 1)), 0.0, 0.1),
         server.Done(0, "0.1", 2, (Reply("seen", 2), Reply("stale", 9)), 0.0, 0.1),
+        server.Done(0, "0.1", 3, (Reply("skipped", 2), Reply("skipped", 9)), 0.0, 0.1),
         server.Done(0, "0.1", 0, (), 0.0, 0.1),
         server.Done(0, "0.2", 1, (Reply("applied", 4), Reply("applied", 10)), 0.0, 0.1),
     ]
@@ -76,6 +101,7 @@ def test_audit_tells_lost_from_unheard():
         "unheard": 1,
         "stale": 1,
         "seen": 1,
+        "skipped": 2,
     }
 
 

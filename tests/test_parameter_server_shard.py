@@ -160,6 +160,7 @@ def test_dying_again_and_again_is_as_not_dying_at_all(fast, tmp_path):
                     deaths, shards[s] = deaths + 1, None
     assert deaths > 10
     for s in range(2):
+        shards[s].close()
         again = open_shard(folders[s], optimizer=optimizer, size=3)
         np.testing.assert_array_equal(again.pull()[1], want[s].pull()[1])  # bit for bit
         assert again.counts().of_worker == {"a": 6, "b": 6}
@@ -222,6 +223,18 @@ def test_workers_and_shards_are_the_optimizer(tmp_path):
         params = optax.apply_updates(params, updates)
     got = unflatten(np.concatenate([shard.pull()[1] for shard in shards]), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, params)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_by_all_shards(fast, tmp_path):
+    """One bad number is in the second part alone, and the first is not pushed either."""
+    shards = [open_shard(tmp_path / str(i), size=2) for i in range(2)]
+    bad = np.array([1, 1, 1, np.inf], np.float32)
+    replies, loss = work(shards, lambda flat: (bad, 7.0), "a", 1)
+    assert replies == [("skipped", 0), ("skipped", 0)]
+    assert loss == 7.0
+    replies, _ = work(shards, lambda flat: (np.ones(4, np.float32), 7.0), "a", 2)
+    assert [reply.outcome for reply in replies] == ["applied"] * 2
+    assert [shard.counts().applied for shard in shards] == [1, 1]
 
 
 def test_errors(tmp_path):

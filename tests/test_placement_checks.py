@@ -56,7 +56,18 @@ def test_what_fits_is_let_through(mesh):
             {},
             "width of 130 does not divide over tensor=4; the next that does is 132",
         ),
-        ({"tensor": 4}, gpt2(), {}, "vocabulary of 50257 .* tensor=4; .* which is 50260"),
+        (
+            {"tensor": 4},
+            gpt2(),
+            {},
+            "vocabulary of 50257 .* tensor=4; .* 50260 .*--vocabulary-multiple 4",
+        ),
+        (
+            {"data": 1, "fsdp": 8},
+            gpt2_tiny(vocabulary_size=257),
+            {},
+            "has 257 along axis 0, which fsdp=8 does not .*with --vocabulary-multiple 8",
+        ),
         (
             {"data": 4, "fsdp": 2},
             gpt2_tiny(),
@@ -92,6 +103,20 @@ def test_what_fits_is_let_through(mesh):
 def test_what_does_not_fit(mesh, config, arguments, message):
     with pytest.raises(ValueError, match=message):
         check(mesh, config, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "more", "without"),
+    [
+        ({"data": 8}, "sequence", "tensor=1"),
+        ({"data": 8}, "fsdp", "fsdp=1"),
+        ({"data": 8}, "pipeline", "pipeline=1"),
+        ({"data": 1, "fsdp": 8}, "zero1", "data=1"),
+    ],
+)
+def test_a_strategy_without_an_axis_is_refused(mesh, more, without):
+    with pytest.raises(ValueError, match=f"{more!r} has no effect on a mesh with {without}"):
+        check(mesh, gpt2_tiny(vocabulary_size=256), (more,))
 
 
 def test_sequence_parallel_norms_divide_time_too():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,6 +82,17 @@ def test_bytes_on_devices_are_those_of_the_shapes():
     assert whole / 8 <= want < whole / 4  # norms lie whole on every device
 
 
+def test_what_lies_whole_is_told_from_what_is_divided():
+    """Norms lie whole; matrices are divided by eight to the byte."""
+    settings = {"model": "modern_mini", "vocabulary": 4096, "optimizer": "adamw", "mesh": "fsdp=8"}
+    values = memory.measure_state({**settings, "placed": False})
+    held = values["parameters_per_device"] + values["optimizer_per_device"]
+    whole = values["parameters_whole"] + values["optimizer_whole"]
+    assert 0 < values["kept_whole"] < held / 50
+    assert 8 * (held - values["kept_whole"]) == whole - values["kept_whole"]
+    assert "| +0.00% | from shapes | yes |" in "\n".join(memory.render(only(values)))
+
+
 @pytest.mark.slow
 def test_memory_of_attention():
     found = {
@@ -116,11 +128,44 @@ def test_no_collective_is_unexplained(case):
     values = traffic.measure(settings)
     assert values["exact"]
     assert all(row["expected"] == row["found"] for row in values["rows"])
-    results = only(json.loads(json.dumps(values)))
-    assert f"| {case} | `{mesh}` |" in "\n".join(traffic.render(results))
+    values = json.loads(json.dumps(values))
+    assert summary(case, values).split(" | ")[3] == "0"
     values["rows"][0]["found"] += 3
-    summary = [line for line in traffic.render(only(values)) if line.startswith(f"| {case} | `")]
-    assert "| 3 |" in summary[0]
+    assert summary(case, values).split(" | ")[3] == "**3**"
+
+
+def summary(case, values):
+    start = f"| {case} | `{traffic.CASES[case][0]}"
+    return next(line for line in traffic.render(only(values)) if line.startswith(start))
+
+
+def test_each_compiler_has_its_own_unexplained_and_says_what_it_does_otherwise():
+    """A TPU's arrays are held against formulas of a TPU, in a table of their own."""
+    row = {"kind": "all-reduce", "axes": ["data"], "bytes": 64, "expected": 2, "why": "x"}
+    facts = {"sent": 9, "textbook": 9, "departures": ["other"], "case": "data parallel"}
+    of = {
+        "cpu": {**facts, "backend": "cpu", "rows": [{**row, "found": 2}], "exact": True},
+        "tpu": {**facts, "backend": traffic.CHIP, "rows": [{**row, "found": 5}], "exact": False},
+    }
+    text = "\n".join(traffic.render(Results({name: {0: values} for name, values in of.items()})))
+    cpu, tpu = text.split(f"**TPU {traffic.CHIP}**")
+    assert "| 2 | 0 | 9 B | 9 B | other |" in cpu
+    assert "| 5 | **3** | 9 B | 9 B | other |" in tpu
+    assert "All loops of these programs say how often they run" in cpu
+    assert "of unknown length was counted once in: data parallel" in tpu
+    assert "width 512" in tpu
+    assert "Found where" not in cpu
+    assert "- data parallel: all-reduce over data of 64 B, 5 for 2 (why?)" in tpu
+
+
+def test_departures_from_the_textbook_are_those_that_cost_something():
+    mesh, cpu = traffic.mesh_of("data=2,pipeline=4"), traffic.SUBJECTS["cpu"]
+    words = traffic.DEPARTURES
+    of = traffic.departures(cpu.volumes(mesh.shape), (), cpu.backend, mesh)
+    assert of == [words["sums_after_loops"]]
+    mesh = traffic.mesh_of("fsdp=8")
+    of = traffic.departures(cpu.volumes(mesh.shape), (), cpu.backend, mesh)
+    assert of == [words["scatters"]]
 
 
 @pytest.mark.slow
@@ -130,13 +175,63 @@ def test_no_collective_is_unexplained(case):
 def test_a_path_is_timed_against_plain_jit(path):
     values = device.measure({"path": path, "pairs": 1, "device": "cpu"})
     assert 0 < values["lowest"] <= values["ratio"] <= values["highest"]
-    assert f"| {path} |" in device.render(Results({path: {0: values}}))[-1]
+    assert f"| {path} | 1 |" in device.render(Results({path: {0: values}}))[-1]
+
+
+def test_a_round_of_diloco_is_timed_whole(monkeypatch):
+    """A meeting takes place in every tenth call: it must be in every time, not in a tenth."""
+    clock = [0.0]
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+    number = 0
+
+    def step():
+        nonlocal number
+        number += 1
+        clock[0] += 11.0 if number % 10 == 0 else 1.0
+
+    calls = device.calls_of("DiLoCo, H = 10", "gpu")
+    assert device.in_turns([step], 3, calls) == [[2.0] * 3]
+    assert device.calls_of("tensor-parallel block, sequence", "gpu") > 10
+    items = {item.name: item.settings for item in device.cells(Request())}
+    assert items["DiLoCo, H = 10"]["calls"] == 10
+
+
+@pytest.mark.slow
+def test_the_server_trains_as_the_step_that_it_is_held_against():
+    """Clipped alike, at the same rate and moments: the same losses."""
+    config = device.size("cpu")
+    with jax.set_mesh(device.mesh_of("data=1")):
+        runs = device.plain_step(config, "cpu"), device.path_step(device.SERVER, config, "cpu")
+        ours, theirs = ([float(run()["loss"]) for _ in range(4)] for run in runs)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)  # it decays vectors as well
+    assert ours[0] - ours[-1] > 0.05
+
+
+def test_a_plans_memory_stands_beside_the_devices_peak(monkeypatch):
+    """Asked for first, as a peak is that of all that ran before."""
+    assert device.MEMORY not in [item.name for item in device.cells(Request())]  # a CPU has none
+    peaks = iter([0, 10, 3 * 2**20])
+    monkeypatch.setattr(device, "peak_bytes", lambda: next(peaks))
+    monkeypatch.setattr(device, "plain_step", lambda *given: lambda: 0)
+    item = device.cells(Request())[0]
+    assert item.name == device.MEMORY
+    values = json.loads(json.dumps(item.function(item.settings)))
+    planned = device.memory_of(
+        device.the_settings(device.size("cpu"), "cpu"),
+        dict.fromkeys(device.AXES, 1),
+        Division(),
+    )
+    assert values["planned"] == planned._asdict()
+    line = device.render(only(values))[-1]
+    assert "3.0 MiB in use at its peak: " in line
+    assert f"{planned.total / (3 * 2**20):.2f} times as much" in line
+    assert "is not known" in device.memory_line(values | {"before": 3 * 2**20})
 
 
 def test_losses_are_compared_in_pairs():
     rows = {"none": {0: {"loss": 2.0}, 1: {"loss": 4.0}}, "int8": {1: {"loss": 4.1}}}
-    line = compression.losses(Results(rows))[-1]
-    assert "| int8 | 1 | 4.1000 |" in line
+    lines = compression.losses(Results(rows))
+    line = next(each for each in lines if "| int8 | 1 | 4.1000 |" in each)
     assert "+2.50%" in line
     assert line.endswith("| **no** |")
 
@@ -213,6 +308,13 @@ def test_the_server_table_counts_updates():
     assert "0 applied = 0 acknowledged + 0" in text
     assert "they differ" not in text
     assert server.render(Results({"killed": {0: row}})) == ["No seed has all three forms yet."]
+
+
+def test_the_same_loss_is_within_the_spread_over_seeds():
+    """A server that lost half of what it knew ends elsewhere, and the table says so."""
+    assert server.same_loss([2.02, 2.03], [2.0, 2.05]).startswith("the runs end at the same loss")
+    assert "at **another** loss" in server.same_loss([2.0, 2.2], [2.0, 2.05])
+    assert "no spread" in server.same_loss([2.0], [2.0])
 
 
 def test_the_processes_table_says_what_is_the_same():

@@ -22,6 +22,7 @@ CONFIGS = {
     "gpt2": gpt2_tiny(dropout=0.0, **WIDE),
     "llama": llama_tiny(kv_heads=4, **WIDE),
     "modern": modern_tiny(**WIDE),
+    "unscaled": modern_tiny(norm_scale=False, zero_init_projections=False, **WIDE),
 }
 
 
@@ -59,6 +60,7 @@ SLOW = {
     ("llama", "sequence"),
     ("gpt2", "sequence"),
     ("modern", "all_reduce"),
+    *(("unscaled", form) for form in FORMS if form != "overlapped"),
 }
 
 

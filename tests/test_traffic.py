@@ -153,3 +153,28 @@ def test_fsdp_gathers_twice_and_sums_once():
     gathered = found["all-gather", ("fsdp",)][1]
     assert abs(gathered - 2 * sizes["blocks"] - sizes["ends"]) <= 4 * 8 * 32  # the token ids
     assert 0 <= found["all-reduce", ("fsdp",)][1] - sizes["all"] <= SCALARS
+
+
+LOOP = """
+HloModule step
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %a = s32[] copy(%i), metadata={op_name="while/cond/lt"}
+  %constant.1.clone = s32[] constant(7)
+  %b = s32[] copy(%constant.1.clone), metadata={op_name="while/cond/lt"}
+  ROOT %lt = pred[] compare(%a, %b), direction=LT
+}
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all-reduce.1 = f32[4]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%body
+}
+"""
+
+
+def test_the_limit_of_a_loop_is_found_behind_copies():
+    """As a pipeline's is in a program that was divided and not compiled further."""
+    (found,) = collectives(LOOP, make_mesh(data=8))
+    assert (found.times, found.exact, found.total) == (7, True, 7 * 16)

@@ -117,6 +117,25 @@ def test_the_textbook_sends_what_the_papers_say():
     assert sent({"fsdp": 8}, backend=CPU) > sent({"fsdp": 8})
 
 
+def test_gpipe_sums_its_gradients_once_and_xla_on_a_cpu_at_every_step():
+    """Textbook and TPU: each kernel of a stage once; CPU: M v + n - 1 times."""
+    for parts, rounds, steps in ((4, 1, 7), (8, 1, 11), (4, 4, 19)):
+        sizes = {"data": 2, "pipeline": 4}
+        config = modern_tiny(layers=16, width=64, heads=8)
+        v = volumes(config, sizes, rows=ROWS, time=TIME, parts=parts, rounds=rounds)
+        assert v.steps == steps
+        assert v.blocks == steps * 4 // rounds
+
+        def sums(backend, v=v):
+            rows = [e for e in expected(v, (), backend) if e.why == "gradient of mlp/up"]
+            return sum(e.times for e in rows)
+
+        assert sums(TEXTBOOK) == sums(TPU) == 4
+        assert sums(CPU) == v.blocks
+        hops = [e.times for e in expected(v) if "to the next stage" in e.why]
+        assert hops == [2 * steps]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

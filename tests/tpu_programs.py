@@ -19,6 +19,7 @@ from model.transformer import Transformer
 from parallel import parameter_server
 from parallel.chips import chip_named
 from parallel.mesh import make_mesh
+from parallel.spread import spread
 from parallel.tensor_block import FORMS, tensor_block
 from train.losses import cross_entropy, loss_function
 from train.plugs import Context
@@ -56,6 +57,12 @@ def server(mesh):
     return everywhere(mesh, run, state, batch)
 
 
+def roots(mesh):
+    """Eigenvalues of twelve matrices on eight chips, each its share, as Shampoo's are found."""
+    x = jax.ShapeDtypeStruct((12, 16, 16), jnp.float32)
+    return everywhere(mesh, lambda x: spread(jnp.linalg.eigvalsh, x + x.mT), x)
+
+
 def everywhere(mesh, function, *shapes):
     whole = jax.NamedSharding(mesh, jax.P())
     placed = jax.tree.map(
@@ -72,6 +79,7 @@ def main(name, devices):
              ("data", "tensor")}  # fmt: skip
     programs = {f"tensor_block {form}": (block, (form, along["tensor"])) for form in FORMS}
     programs["parameter_server"] = (server, (along["data"],))
+    programs["spread"] = (roots, (along["data"],))
     found = {}
     for label, (make, arguments) in programs.items():
         try:

@@ -1,6 +1,6 @@
 """Loss terms, and the loss function that they make together.
 
-Shapes: B batch, T time, N positions of a chunk (any of the B * T), V vocabulary, D width.
+Shapes: B batch, T time, N positions of one row of a chunk, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def loss_function(
       terms: the parts of the loss; names must differ.
       transforms: applied to the parameters in order, after `context.frozen["params"]` was merged
         into them.
-      chunk: positions whose logits exist at a time; the backward pass computes them again, so
-        that [B, T, V] is never held. None for all at once. The loss is the same.
+      chunk: positions whose logits exist at a time, at least one of every row; the backward pass
+        computes them again, so that [B, T, V] is never held. None for all at once. The loss is the
+        same. On a mesh, every device has those of its own rows and its own stretch of time.
 
     Raises:
       ValueError: without terms, for two of one name, or a chunk below 1.
@@ -139,9 +140,17 @@ def loss_function(
             if term.over == "features"
         }
 
-        def over_chunk(final_ND: jax.Array, batch_N: Batch) -> dict[str, jax.Array]:
-            view = View(head(model, weights, final_ND, padded=padded), None, weights)
+        def over_row(logits_NV: jax.Array, batch_N: Batch) -> dict[str, jax.Array]:
+            view = View(logits_NV, None, weights)
             return {term.name: term.total(view, batch_N, context) for term in over_logits}
+
+        # Rows stay apart: were they joined with time, each device of a mesh that divides both
+        # would gather all positions and compute the whole head.
+        def over_chunk(rows: Batch) -> dict[str, jax.Array]:
+            logits_BNV = head(model, weights, rows["final"], padded=padded)
+            batch_BN = {name: array for name, array in rows.items() if name != "final"}
+            sums = jax.vmap(over_row)(logits_BNV, batch_BN)
+            return jax.tree.map(lambda sums_B: sums_B.sum(), sums)
 
         if over_logits:
             rows = {"final": out.final, **_by_position(batch)}
@@ -180,27 +189,26 @@ def _by_position(batch: Batch) -> Batch:
 
 
 def _sum_chunks(over_chunk, rows: Batch, chunk: int | None) -> dict[str, jax.Array]:
-    flat = {name: a.reshape(-1, *a.shape[2:]) for name, a in rows.items()}
-    positions = flat["final"].shape[0]
-    if chunk is None or chunk >= positions:
-        return over_chunk(flat.pop("final"), flat)
-    chunks = -(-positions // chunk)
-    missing = chunks * chunk - positions  # padded with zeros, weight 0 included
+    B, T = rows["final"].shape[:2]
+    if chunk is None or chunk >= B * T:
+        return over_chunk(rows)
+    chunks = -(-T // max(chunk // B, 1))
+    length = -(-T // chunks)
 
+    # Each chunk takes every chunks-th position: so a device that holds a stretch of time has its
+    # part of every chunk. What is padded has weight 0.
     def split(a: jax.Array) -> jax.Array:
-        padded = jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
-        return padded.reshape(chunks, chunk, *a.shape[1:])
+        padding = [(0, 0), (0, chunks * length - T)] + [(0, 0)] * (a.ndim - 2)
+        return jnp.moveaxis(jnp.pad(a, padding).reshape(B, length, chunks, *a.shape[2:]), 2, 0)
 
     @jax.checkpoint
-    def body(sums, rows_N):
-        final_ND = rows_N.pop("final")
-        return jax.tree.map(jnp.add, sums, over_chunk(final_ND, rows_N)), None
+    def body(sums, part):
+        return jax.tree.map(jnp.add, sums, over_chunk(part)), None
 
-    split_rows = {name: split(a) for name, a in flat.items()}
-    first = {name: a[0] for name, a in split_rows.items()}
-    shapes = jax.eval_shape(lambda r: over_chunk(r.pop("final"), r), first)
+    parts = {name: split(a) for name, a in rows.items()}
+    shapes = jax.eval_shape(over_chunk, {name: a[0] for name, a in parts.items()})
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, split_rows)[0]
+    return jax.lax.scan(body, zeros, parts)[0]
 
 
 def _logits(view: View) -> jax.Array:

@@ -1,14 +1,16 @@
 """Every `shard_map` path on one device, compiled and timed against plain jit.
 
 All axes are of size 1, so that what is timed is what a path itself costs on this device: its codes,
-its copies, its loops. Steps of a path and of the plain program take turns, pair after pair. It is
-the one table for a machine with a single GPU or TPU; on a CPU it is a smoke test.
+its copies, its loops. Calls of a path and of the plain program take turns, pair after pair; what is
+short, or does not do the same in every step, is timed many calls at once. Beside the times stands
+what the device says of its memory against the arithmetic of `experiments.plan`. It is the one table
+for a machine with a single GPU or TPU; on a CPU it is a smoke test.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +21,9 @@ import optax
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
-from experiments.layout import mesh_of, model_of
+from experiments.layout import Division, mesh_of, model_of
 from experiments.parallel_methods import CompressedReduce, Delayed, Diloco
+from experiments.plan_memory import memory_of
 from experiments.scale.program import Program, batch_of, first, program, settings_for
 from model.attention import Visibility
 from model.block import Block
@@ -28,11 +31,14 @@ from model.config import TransformerConfig
 from model.positions import rotation
 from model.presets import modern
 from model.transformer import Transformer
+from parallel.mesh import AXES
 from parallel.parameter_server import init_server, server_step
 from parallel.pipeline import pipeline
+from parallel.report import readable
 from parallel.ring_attention import ring_attention
 from parallel.tensor_block import tensor_block
 from train.losses import counts_of, loss_function
+from train.optimizers import AdamW
 from train.plugs import Context
 from train.step import make_train_step
 
@@ -52,6 +58,11 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 BLOCKS = ("all_reduce", "sequence", "overlapped")
 SERVER = "parameter server, synchronous"
+MEMORY = "memory of the plain step"
+CALLS = {"DiLoCo, H = 10": 10}  # a round, so that its meeting is in every time
+CALLS_OF_A_BLOCK = {"cpu": 1}
+MANY_CALLS = 50  # a block takes about a millisecond, and starting a program as long
+OPTIMIZER = AdamW(learning_rate=3e-3)
 
 
 def cells(request: Request) -> list[Measurement]:
@@ -61,7 +72,25 @@ def cells(request: Request) -> list[Measurement]:
     shape = vars(size(platform)) | {"rows": rows(platform)}
     facts = {"table": "device", "device": kind, "layers": shape["layers"], "rows": shape["rows"]}
     facts |= {"width": shape["width"], "dtype": shape["dtype"], "pairs": PAIRS.get(platform, MANY)}
-    return [Measurement(name, {**facts, "path": name}, measure) for name in names]
+
+    def timed(name: str) -> Measurement:
+        more: dict[str, Any] = {"optimizer": "AdamW, clipped"} if name == SERVER else {}
+        calls = calls_of(name, platform)
+        more |= {"calls": calls} if calls > 1 else {}
+        return Measurement(name, {**facts, **more, "path": name}, measure)
+
+    rows_of_times = [timed(name) for name in names]
+    if peak_bytes() is None:
+        return rows_of_times
+    # First: a device's peak is that of all that ever ran in its process.
+    return [Measurement(MEMORY, {**facts, "path": MEMORY}, measure_memory), *rows_of_times]
+
+
+def calls_of(name: str, platform: str) -> int:
+    """Returns how many calls of a path are timed at once."""
+    if name.startswith("tensor-parallel"):
+        return CALLS_OF_A_BLOCK.get(platform, MANY_CALLS)
+    return CALLS.get(name, 1)
 
 
 def size(platform: str) -> TransformerConfig:
@@ -97,10 +126,12 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             plain = plain_step(config, platform)
             run = path_step(name, config, platform)
-        seconds = in_turns([plain, run], pairs)
+        calls = settings.get("calls", 1)
+        seconds = in_turns([plain, run], pairs, calls)
     ratios = [ours / theirs for theirs, ours in zip(*seconds, strict=True)]
     return {
         "device": settings["device"],
+        "calls": calls,
         "plain": float(np.median(seconds[0])),
         "path": float(np.median(seconds[1])),
         "ratio": float(np.median(ratios)),
@@ -109,16 +140,49 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_turns(runs: list[Callable[[], Any]], pairs: int) -> list[list[float]]:
-    """Returns the seconds of each, one after the other, pair after pair; the first is not kept."""
+def in_turns(runs: Sequence[Callable[[], Any]], pairs: int, calls: int = 1) -> list[list[float]]:
+    """Returns the seconds of a call of each, one after the other, pair after pair.
+
+    Args:
+      runs: the programs.
+      pairs: how many times of each; one more, the first, is not kept.
+      calls: that are timed at once; their mean counts as one.
+    """
     seconds: list[list[float]] = [[] for _ in runs]
     for number in range(pairs + 1):
         for run, kept in zip(runs, seconds, strict=True):
             begin = time.perf_counter()
-            jax.block_until_ready(run())
+            for _ in range(calls):
+                last = run()
+            jax.block_until_ready(last)
             if number:
-                kept.append(time.perf_counter() - begin)
+                kept.append((time.perf_counter() - begin) / calls)
     return seconds
+
+
+def measure_memory(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Holds what the device had in use at its peak against the arithmetic of a plan."""
+    platform = jax.default_backend()
+    config = size(platform)
+    planned = memory_of(
+        the_settings(config, platform), dict.fromkeys(AXES, 1), Division(), platform
+    )
+    before = peak_bytes()
+    with jax.set_mesh(mesh_of("data=1")):
+        step = plain_step(config, platform)
+        for _ in range(2):
+            jax.block_until_ready(step())
+    return {
+        "device": settings["device"],
+        "planned": planned._asdict(),
+        "before": before,
+        "peak": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int | None:
+    """Returns the most bytes that were in use on the first device, None where it does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def plain_step(config: TransformerConfig, platform: str) -> Callable[[], Any]:
@@ -143,7 +207,8 @@ def path_step(name: str, config: TransformerConfig, platform: str) -> Callable[[
 
 def the_settings(config: TransformerConfig, platform: str, **more: Any) -> Any:
     """Settings of the timed steps."""
-    return settings_for(config, rows=rows(platform), time=config.max_length, steps=1000, **more)
+    shape = {"rows": rows(platform), "time": config.max_length, "steps": 1000}
+    return settings_for(config, **shape, optimizer=OPTIMIZER, **more)
 
 
 def stepping(built: Program) -> Callable[[], Any]:
@@ -161,11 +226,17 @@ def stepping(built: Program) -> Callable[[], Any]:
 def server_steps(built: Program) -> Callable[[], Any]:
     """Returns a function that makes the next step of the sharded synchronous server."""
     params, terms = first(built).params, built.parts.terms
-    # Elementwise, as slices ask; the plain step has AdamW with the same rate.
-    optimizer = optax.adamw(3e-3)
+    # The plain step's, but elementwise, as slices ask: it decays vectors as well.
+    a = OPTIMIZER
+    optimizer = optax.adamw(a.learning_rate, a.b1, a.b2, a.eps, weight_decay=a.weight_decay)
     state = init_server(params, optimizer, workers=1)
     model = Transformer(built.parts.config)
-    step = server_step(loss_function(model, terms), optimizer, jax.eval_shape(lambda: params))
+    step = server_step(
+        loss_function(model, terms),
+        optimizer,
+        jax.eval_shape(lambda: params),
+        clip=a.clip_norm,
+    )
     batch = jax.device_put(batch_of(built.settings, 0))
 
     @jax.jit
@@ -206,20 +277,40 @@ def block_step(
 
 
 def render(results: Results) -> list[str]:
-    """Returns the table: a row a path."""
-    rows, devices = [], set()
+    """Returns the table, a row a path, and what is known of memory."""
+    rows, devices, memory = [], set(), list[str]()
     for name, seeds in results.by_name.items():
         for v in seeds.values():
             devices.add(v["device"])
+            if "planned" in v:
+                memory += ["", memory_line(v)]
+                continue
             spread = f"{v['lowest']:.2f} to {v['highest']:.2f}"
             seconds = [f"{1000 * v[key]:,.1f}" for key in ("plain", "path")]
-            rows.append([name, *seconds, f"{v['ratio']:.2f}", spread])
+            rows.append([name, str(v.get("calls", 1)), *seconds, f"{v['ratio']:.2f}", spread])
     return [
         f"On one {', '.join(sorted(devices))}, every axis of size 1. Median of pairs, and the "
-        "range; blocks are the gradient of one block, all others a whole step of training.",
+        "range; blocks are the gradient of one block, all others a whole step of training. A time "
+        "is the mean of so many calls, one after the other.",
         "",
-        *grid(["path", "plain jit, ms", "path, ms", "path / plain", "range"], rows, "lrrrr"),
+        *grid(
+            ["path", "calls", "plain jit, ms", "path, ms", "path / plain", "range"], rows, "lrrrrr"
+        ),
+        *memory,
     ]
+
+
+def memory_line(values: Mapping[str, Any]) -> str:
+    """Returns what a plan says of the plain step's memory beside what the device had in use."""
+    planned, peak = values["planned"], values["peak"]
+    total = sum(planned.values())
+    parts = ", ".join(f"{name} {readable(number)}" for name, number in planned.items())
+    arithmetic = (
+        f"Memory of the plain step: {readable(total)} by the arithmetic of a plan ({parts})"
+    )
+    if values["before"] >= peak:
+        return f"{arithmetic}; its peak is not known, as something before it needed more."
+    return f"{arithmetic}, {readable(peak)} in use at its peak: {total / peak:.2f} times as much."
 
 
 TABLE = Table("device", "One device: every `shard_map` path against plain jit", cells, render)

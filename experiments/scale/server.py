@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,35 +61,46 @@ def render(results: Results) -> list[str]:
     facts = runs.summary(command, found)
     forms = facts["forms"]
     killed, alive = (forms[form] for form in ("killed", "asynchronous"))
-    times = [forms[form]["seconds_to_target"] for form in ("synchronous", "asynchronous")]
-    reached = [(s, a) for s, a in zip(*times, strict=True) if s and a]
-    ratios = [s / a for s, a in reached]
-    off = [k / a - 1 for k, a in zip(killed["loss"], alive["loss"], strict=True)]
     slow = facts["slowest_step"]
-    lines = [
+    applied = killed["acknowledged"] + killed["unheard"]
+    to_target = runs.faster(forms["synchronous"]["seconds_to_target"], alive["seconds_to_target"])
+    return [
         f"{command.workers} workers on {command.servers} servers, one of them "
         f"{command.slowness:g} times slower; every step is padded to {PACE:g} s "
         f"({PACE * command.slowness:g} s), and the slowest computed for {slow:.2f} s"
         + (". " if slow < PACE else ", **longer than the pace**: the times are this machine's. ")
-        + f"{len(found) // len(runs.FORMS)} seeds. The target is the mean final loss of the "
-        "synchronous runs. Updates are counted a server each.",
+        + f"{len(found) // len(runs.FORMS)} seeds. The target of a seed is the final loss of its "
+        f"synchronous run ({', '.join(f'{target:.3f}' for target in facts['targets'])}). Updates "
+        "are counted a server each.",
         "",
         runs.table(facts),
         "",
-    ]
-    if ratios:
-        lines.append(
-            f"To the target the asynchronous form needs {runs.spread(ratios, 2)} times less time."
-        )
-    applied = killed["acknowledged"] + killed["unheard"]
-    lines.append(
-        f"With a worker and a server killed half-way the final loss is {runs.spread(off, 4)} of "
-        "that of the undisturbed runs away, relative; "
+        f"The asynchronous form reaches the target {to_target}, against the synchronous one of "
+        "the same seed.",
+        f"With a worker and a server killed half-way {same_loss(killed['loss'], alive['loss'])}; "
         f"{killed['lost']} acknowledged updates were lost, and {killed['applied']} applied = "
         f"{killed['acknowledged']} acknowledged + {killed['unheard']} whose worker died before it "
-        f"heard{'' if applied == killed['applied'] else ' (**they differ**)'}."
+        f"heard{'' if applied == killed['applied'] else ' (**they differ**)'}.",
+    ]
+
+
+def same_loss(killed: Sequence[float], alive: Sequence[float]) -> str:
+    """Says whether the runs end at the same loss: within what the undisturbed runs' seeds span.
+
+    >>> same_loss([2.01, 2.04], [2.0, 2.05])
+    'the runs end at the same loss: off the undisturbed run of the seed by +0.0100, -0.0100, at \
+most 0.0100, and the undisturbed runs span 0.0500 over 2 seeds'
+    """
+    off = [k - a for k, a in zip(killed, alive, strict=True)]
+    differences = ", ".join(f"{d:+.4f}" for d in off)
+    worst, span = max(map(abs, off)), max(alive) - min(alive)
+    if len(off) == 1:
+        return f"the run ends {differences} off the undisturbed one; one seed has no spread"
+    verdict = "at the same loss" if worst <= span else "at **another** loss"
+    return (
+        f"the runs end {verdict}: off the undisturbed run of the seed by {differences}, at most "
+        f"{worst:.4f}, and the undisturbed runs span {span:.4f} over {len(off)} seeds"
     )
-    return lines
 
 
 def picture(results: Results) -> Any:
@@ -97,8 +108,8 @@ def picture(results: Results) -> Any:
     found = complete_seeds(results)
     if not found:
         return None
-    target = runs.summary(runs.ParameterServer(pace=PACE), found)["target"]
-    return runs.figure(found, target)
+    targets = runs.summary(runs.ParameterServer(pace=PACE), found)["targets"]
+    return runs.figure(found, targets)
 
 
 TABLE = Table("server", "Parameter server: a slow worker, and deaths", cells, render, picture)
