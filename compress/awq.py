@@ -10,15 +10,16 @@ run time. alpha = 0 is plain rounding, so no site gets worse on the calibration 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from compress.calibrate import ByPath, sequential
-from compress.folding import at_least, fold, leaf_at, sites_of
+from compress.calibrate import sequential
+from compress.folding import Site, at_least, fold, leaf_at, sites_of
 from compress.formats import Format
+from compress.observed import ByPath
 from compress.quantize import formats_by_path, quantize_params
 from compress.rounding import quantize
 from model.config import TransformerConfig
@@ -111,7 +112,12 @@ def awq_params(
         return jax.tree_util.tree_map_with_path(rounded, layer)
 
     names = ("hessian", "abs_sum", "tokens")
-    return sequential(model, params, batches, names, one).params
+    seen = [first[0] for site in sites_of(model.config) if (first := _formatted(site, inside))]
+    return sequential(model, params, batches, names, one, kernels=seen).params
+
+
+def _formatted(site: Site, formats: Mapping[str, Format]) -> list[str]:
+    return [path for path in site.kernels if path in formats]
 
 
 def scale_layer(
@@ -124,8 +130,7 @@ def scale_layer(
 ) -> PyTree:
     """Returns one plain block of the same function, scaled for rounding to `formats` (by path)."""
     for site in sites_of(config):
-        paths = [path for path in site.kernels if path in formats]
-        if not paths:
+        if not (paths := _formatted(site, formats)):
             continue
         statistics = seen[paths[0]]
         scales_I, _ = best_scales(

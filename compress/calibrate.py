@@ -2,6 +2,7 @@
 
     batches = windows(tokens, length=128, batch=8)
     out = sequential(model, params, batches, ("hessian",), replace_layer)
+    seen = observe(model, params, batches, ("low", "high"))                  replaces nothing
 
 Each layer runs on what the layers before it, already replaced, give it, so that whoever replaces a
 layer sees the inputs that it will have in the end.
@@ -11,7 +12,6 @@ Shapes: B batch, T time, D width, N positions (B * T), I inputs of a kernel.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -21,40 +21,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.lowrank import is_weight
+from compress.observed import (
+    ByPath,
+    Statistics,
+    check_names,
+    embed,
+    join_statistics,
+    look_at_layer,
+    observe_layer,
+    run_layer,
+    statistics_of,
+)
 from compress.quantize import MATRICES
-from model.attention import Visibility
-from model.block import Block, norm
-from model.linear import linear
-from model.positions import rotation
+from model.block import norm
 from model.rules import STACK, leaf_paths, path_of
-from model.transformer import Transformer, features
+from model.transformer import Transformer
 
 PyTree = Any
-Statistics = dict[str, jax.Array]
-ByPath = dict[str, Statistics]
 ReplaceLayer = Callable[[int, PyTree, ByPath], PyTree]
-
-
-def _hessian(x_NI: jax.Array) -> jax.Array:
-    # The sum of many squares in bfloat16, which some chips take by default, is useless to invert.
-    return jnp.matmul(x_NI.T, x_NI, precision=jax.lax.Precision.HIGHEST)
-
-
-# name -> (what one batch gives, how two batches are joined)
-STATISTICS: dict[
-    str,
-    tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array, jax.Array], jax.Array]],
-] = {
-    "hessian": (_hessian, jnp.add),
-    "square_sum": (lambda x_NI: jnp.square(x_NI).sum(axis=0), jnp.add),
-    "absmax": (lambda x_NI: jnp.abs(x_NI).max(axis=0), jnp.maximum),
-    "abs_sum": (lambda x_NI: jnp.abs(x_NI).sum(axis=0), jnp.add),
-    "low": (lambda x_NI: x_NI.min(axis=0), jnp.minimum),
-    "high": (lambda x_NI: x_NI.max(axis=0), jnp.maximum),
-    "tokens": (lambda x_NI: jnp.float32(x_NI.shape[0]), jnp.add),
-}
-"""What can be asked for. For inputs x [N, I] of a kernel: "hessian" is x' x, [I, I]; "square_sum",
-"abs_sum", "absmax", "low" and "high" are by input, [I]; "tokens" is N. All float32."""
 
 
 class Calibrated(NamedTuple):
@@ -66,6 +50,18 @@ class Calibrated(NamedTuple):
     """
 
     params: PyTree
+    head: Statistics
+
+
+class Seen(NamedTuple):
+    """What `observe` gives.
+
+    Attributes:
+      layers: of each layer, path -> statistics.
+      head: the statistics of the head's input.
+    """
+
+    layers: list[ByPath]
     head: Statistics
 
 
@@ -101,97 +97,31 @@ shorter window
     return [rows[i : i + batch] for i in range(0, len(rows), batch)]
 
 
-def statistics_of(x: jax.Array, names: Sequence[str]) -> Statistics:
-    """Returns statistics of the inputs x [..., I] of a kernel.
+def not_finite(params: PyTree) -> list[str]:
+    """Returns the paths of the parameters that hold NaN or infinity.
 
-    >>> statistics_of(jnp.array([[1.0, -2.0], [3.0, 0.0]]), ("absmax", "tokens"))
-    {'absmax': Array([3., 2.], dtype=float32), 'tokens': Array(2., dtype=float32)}
+    >>> not_finite({"head": {"kernel": jnp.array([1.0, jnp.nan]), "bias": jnp.ones(2)}})
+    ['head/kernel']
     """
-    x_NI = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return {name: STATISTICS[name][0](x_NI) for name in names}
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    floats = [(at, leaf) for at, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return [path_of(at) for at, leaf in floats if not bool(_all_finite(leaf))]
 
 
-def join_statistics(one: Statistics, two: Statistics) -> Statistics:
-    """Returns the statistics of two sets of inputs together.
+def check_finite(params: PyTree) -> None:
+    """Raises ValueError for parameters that hold NaN or infinity, and names them.
 
-    >>> a, b = ({"tokens": jnp.float32(n)} for n in (2, 3))
-    >>> float(join_statistics(a, b)["tokens"])
-    5.0
+    >>> check_finite({"head": {"kernel": jnp.array([1.0, jnp.nan])}})
+    Traceback (most recent call last):
+    ...
+    ValueError: head/kernel holds NaN or infinity, of which nothing can be calibrated; choose a \
+checkpoint from before training diverged
     """
-    return {name: STATISTICS[name][1](one[name], two[name]) for name in one}
-
-
-class _Observed:
-    """A kernel that notes what it is multiplied with, for the one trace in which it lives."""
-
-    __array_ufunc__ = None
-
-    def __init__(self, kernel: Any, note: Callable[[jax.Array], None]):
-        self.kernel, self.note = kernel, note
-        self.shape = kernel.shape
-
-    def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        self.note(x)
-        return linear(x, self.kernel)
-
-
-def run_layer(model: Transformer, layer: PyTree, x_BTD: jax.Array, window: Any) -> jax.Array:
-    """Returns what one block makes of the stream x [B, T, D].
-
-    Args:
-      model: tells the config and the attention function.
-      layer: parameters of the block, without layer axis.
-      x_BTD: the stream.
-      window: keys a query sees, a number (maybe traced) or None.
-    """
-    c = model.config
-    turn = None
-    if c.positions == "rotary":
-        turn = rotation(jnp.arange(x_BTD.shape[1])[None], c.head_width_, c.rotary_base)
-    block = Block(c, model.attention, parent=None)
-    visibility = Visibility(window=window)
-    return cast(Any, block.apply({"params": layer}, x_BTD, visibility, turn, None))[0]
-
-
-def observe_layer(
-    model: Transformer, layer: PyTree, x_BTD: jax.Array, window: Any, names: Sequence[str]
-) -> tuple[jax.Array, ByPath]:
-    """Like `run_layer`, and path -> statistics of the input of every kernel of the block.
-
-    Raises:
-      ValueError: if a statistic is unknown.
-    """
-    check_names(names)
-    seen: ByPath = {}
-
-    def wrap(key_path, leaf):
-        path = path_of(key_path)
-        if path.rsplit("/", 1)[-1] not in MATRICES:
-            return leaf
-
-        def note(x):
-            seen[path] = statistics_of(x, names)
-
-        return _Observed(leaf, note)
-
-    wrapped = jax.tree_util.tree_map_with_path(wrap, layer, is_leaf=is_weight)
-    return run_layer(model, wrapped, x_BTD, window), seen
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for a statistic that there is not."""
-    if unknown := [name for name in names if name not in STATISTICS]:
-        raise ValueError(f"no statistic is called {unknown}; there are {', '.join(STATISTICS)}")
-
-
-def embed(model: Transformer, params: PyTree, tokens_BT: jax.Array) -> jax.Array:
-    """Returns the stream [B, T, D] before the first block."""
-    # A model of one layer up to its "hidden"; under jit the layer itself is dropped as unused.
-    config = dataclasses.replace(model.config, layers=1, window=None, scan_layers=False, dropout=0)
-    one = {**params, STACK: jax.tree.map(lambda leaf: leaf[:1], params[STACK])}
-    hidden = features(model.clone(config=config), one, tokens_BT, capture=("hidden",)).hidden
-    assert hidden is not None
-    return hidden[0]
+    if bad := not_finite(params):
+        raise ValueError(
+            f"{', '.join(bad)} holds NaN or infinity, of which nothing can be calibrated; choose a "
+            "checkpoint from before training diverged"
+        )
 
 
 def sequential(
@@ -202,6 +132,7 @@ def sequential(
     replace_layer: ReplaceLayer,
     *,
     stages: Sequence[Sequence[str]] | None = None,
+    kernels: Iterable[str] | None = None,
 ) -> Calibrated:
     """Walks the layers: observes one, lets it be replaced, goes on with what it gives then.
 
@@ -209,16 +140,17 @@ def sequential(
       model: the Transformer.
       params: its parameters, plain or quantized.
       batches: token ids, int [B, T] each; kept on the device as streams [B, T, D].
-      statistics: names in `STATISTICS`.
+      statistics: names in `compress.observed.STATISTICS`.
       replace_layer: `(layer number, layer, path -> statistics) -> layer`; paths are those inside
         the block, "attention/q/kernel". All layers must come back with one structure.
       stages: groups of paths that are replaced one after the other, each on inputs that the earlier
         groups have changed, as ("attention/q/kernel", ...), ("attention/o/kernel",), ...; by
         default all at once. Every group costs a forward pass. A stage sees its own paths only.
+      kernels: paths whose statistics are wanted, by default all; others are not found.
 
     Raises:
-      ValueError: no batch, a batch that is no matrix, an unknown statistic, or a stage that names
-        no kernel.
+      ValueError: no batch, a batch that is no matrix, tokens outside of the vocabulary, parameters
+        that are not finite, an unknown statistic, or a stage or `kernels` that name no kernel.
 
     >>> from model.presets import gpt2_tiny
     >>> model = Transformer(gpt2_tiny())
@@ -231,34 +163,26 @@ def sequential(
     0 (128,) 64.0
     1 (128,) 64.0
     """
-    check_names(statistics)
-    names = tuple(statistics)
-    tokens = [jnp.asarray(batch) for batch in batches]
-    if not tokens:
-        raise ValueError("there is nothing to calibrate with: no batch of tokens")
-    for ids in tokens:
-        if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"a batch is token ids [B, T], not {ids.dtype} of shape {ids.shape}")
-    streams = [_embed(model, params, ids) for ids in tokens]
+    names, c = tuple(statistics), model.config
+    streams = _streams(model, params, batches, names)
+    there = _kernels(params)
+    wanted = there if kernels is None else tuple(dict.fromkeys(kernels))
+    groups = [there] if stages is None else stages
+    for path in (p for group in (*groups, wanted) for p in group):
+        if path not in there:
+            raise ValueError(f"no kernel {path!r} is in a block; there are {', '.join(there)}")
 
     def walk(number: int) -> PyTree:
-        layer = jax.tree.map(lambda leaf: leaf[number], params[STACK])
-        window = c.window[number] if isinstance(c.window, tuple) else c.window
-        window = None if window is None else jnp.int32(window)
-        kernels = [p for p in leaf_paths(layer, is_weight) if p.rsplit("/", 1)[-1] in MATRICES]
-        groups = [kernels] if stages is None else stages
-        if unknown := [p for group in groups for p in group if p not in kernels]:
-            raise ValueError(f"no kernel {unknown} is in a block; there are {', '.join(kernels)}")
+        layer, window = _layer(model, params, number)
         for group in groups:
-            sums: ByPath = {}
-            for x_BTD in streams:
-                seen = _observe(model, layer, x_BTD, window, names)[1]
-                sums = {p: _joined(sums, seen, p) for p in group}
-            layer = replace_layer(number, layer, sums)
+            seen: ByPath = {}
+            if mine := tuple(path for path in group if path in wanted):
+                each = (_look(model, layer, x_BTD, window, names, mine) for x_BTD in streams)
+                seen = functools.reduce(_joined, each)
+            layer = replace_layer(number, layer, seen)
         streams[:] = [_run(model, layer, x_BTD, window) for x_BTD in streams]
         return layer
 
-    c = model.config
     layers = [walk(number) for number in range(c.layers)]
     structures = {jax.tree.structure(layer) for layer in layers}
     if len(structures) > 1:
@@ -266,8 +190,92 @@ def sequential(
             "the layers came back with different structures (formats?), but they share one stack"
         )
     new = {**params, STACK: jax.tree.map(lambda *each: jnp.stack(each), *layers)}
-    at_head = [_at_head(model, params["final_norm"], x_BTD, names) for x_BTD in streams]
-    return Calibrated(new, functools.reduce(join_statistics, at_head))
+    return Calibrated(new, _head(model, params, streams, names))
+
+
+def observe(
+    model: Transformer,
+    params: PyTree,
+    batches: Iterable[Any],
+    statistics: Sequence[str],
+    *,
+    kernels: Iterable[str] | None = None,
+) -> Seen:
+    """Walks the layers as they are: one pass, where `sequential` takes two.
+
+    Args:
+      model: the Transformer.
+      params: its parameters, plain or quantized.
+      batches: token ids, int [B, T] each.
+      statistics: names in `compress.observed.STATISTICS`.
+      kernels: paths whose statistics are wanted, by default all.
+
+    Raises:
+      ValueError: as `sequential`.
+
+    >>> from model.presets import gpt2_tiny
+    >>> model = Transformer(gpt2_tiny())
+    >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    >>> seen = observe(model, params, windows(range(64), length=16, batch=2), ("tokens",))
+    >>> len(seen.layers), float(seen.head["tokens"])
+    (2, 64.0)
+    """
+    names = tuple(statistics)
+    streams = _streams(model, params, batches, names)
+    there = _kernels(params)
+    wanted = there if kernels is None else tuple(dict.fromkeys(kernels))
+    if unknown := [path for path in wanted if path not in there]:
+        raise ValueError(f"no kernel {unknown[0]!r} is in a block; there are {', '.join(there)}")
+    layers: list[ByPath] = []
+    for number in range(model.config.layers):
+        layer, window = _layer(model, params, number)
+        seen: ByPath = {}
+        for place, x_BTD in enumerate(streams):
+            streams[place], new = _observe(model, layer, x_BTD, window, names, wanted)
+            seen = _joined(seen, new) if seen else new
+        layers.append(seen)
+    return Seen(layers, _head(model, params, streams, names))
+
+
+def _streams(
+    model: Transformer, params: PyTree, batches: Iterable[Any], names: Sequence[str]
+) -> list[jax.Array]:
+    """The batches before the first block, everything checked first."""
+    check_names(names)
+    tokens = [jnp.asarray(batch) for batch in batches]
+    if not tokens:
+        raise ValueError("there is nothing to calibrate with: no batch of tokens")
+    size = model.config.vocabulary_size
+    for ids in tokens:
+        if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"a batch is token ids [B, T], not {ids.dtype} of shape {ids.shape}")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(
+                f"calibration holds the token ids {int(ids.min())} to {int(ids.max())}, but the "
+                f"vocabulary has 0 to {size - 1}; cut the text with the model's own tokenizer"
+            )
+    check_finite(params)
+    return [_embed(model, params, ids) for ids in tokens]
+
+
+def _kernels(params: PyTree) -> tuple[str, ...]:
+    """Paths of the matrices of a block."""
+    paths = leaf_paths(params[STACK], is_weight)
+    return tuple(path for path in paths if path.rsplit("/", 1)[-1] in MATRICES)
+
+
+def _layer(model: Transformer, params: PyTree, number: int) -> tuple[PyTree, Any]:
+    window: Any = model.config.window
+    window = window[number] if isinstance(window, tuple) else window
+    layer = jax.tree.map(lambda leaf: leaf[number], params[STACK])
+    return layer, None if window is None else jnp.int32(window)
+
+
+def _head(
+    model: Transformer, params: PyTree, streams: Sequence[jax.Array], names: Sequence[str]
+) -> Statistics:
+    at_head = [_at_head(model, params.get("final_norm", {}), x_BTD, names) for x_BTD in streams]
+    return functools.reduce(join_statistics, at_head)
 
 
 def _statistics_at_head(
@@ -280,9 +288,15 @@ def _statistics_at_head(
 # Compiled once for each model and shape, however often a model is calibrated.
 _embed = jax.jit(embed, static_argnums=0)
 _run = jax.jit(run_layer, static_argnums=0)
-_observe = jax.jit(observe_layer, static_argnums=(0, 4))
+_look = jax.jit(look_at_layer, static_argnums=(0, 4, 5))
+_observe = jax.jit(observe_layer, static_argnums=(0, 4, 5))
 _at_head = jax.jit(_statistics_at_head, static_argnums=(0, 3))
 
 
-def _joined(sums: ByPath, seen: ByPath, path: str) -> Statistics:
-    return join_statistics(sums[path], seen[path]) if path in sums else seen[path]
+def _joined(one: ByPath, two: ByPath) -> ByPath:
+    return {path: join_statistics(one[path], two[path]) for path in one}
+
+
+@jax.jit
+def _all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf.astype(jnp.float32)).all()  # of float8, too

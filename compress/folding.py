@@ -36,10 +36,18 @@ class Site(NamedTuple):
 def sites_of(config: TransformerConfig) -> tuple[Site, ...]:
     """Returns the sites of a block; `attention/o` has one only where no values are shared.
 
+    Raises:
+      ValueError: the norms have no scales, which most would go into.
+
     >>> from model.presets import llama_tiny
     >>> [site.source for site in sites_of(llama_tiny())]
     ['attention_norm', 'mlp_norm', 'mlp/up']
     """
+    if not config.norm_scale:
+        raise ValueError(
+            "scales are folded into those of the norms, and this model's have none (norm_scale is "
+            "False); compress it by a method that folds nothing, such as nearest or gptq"
+        )
     gated = ACTIVATIONS[config.activation][1]
     sites = [
         Site("attention_norm", tuple(f"attention/{name}/kernel" for name in ("q", "k", "v"))),

@@ -133,7 +133,7 @@ class Format:
             fits = [g for g in (128, 64, 32, 16, 8) if length % g == 0]
             raise ValueError(
                 f"groups of {self.group} do not divide a contraction axis of {length} weights; "
-                + (f"groups of {fits[0]} do" if fits else "choose a format by channel")
+                + (f"groups of {fits[0]} do" if fits else "choose a format by channel, as int8")
             )
         return length // self.group
 

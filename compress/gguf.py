@@ -228,6 +228,7 @@ def _turned(
     turn = (lambda a: np.ascontiguousarray(a.swapaxes(-1, -2))) if kernel else (lambda a: a)
     heads = {"attention/q": config.heads, "attention/k": config.kv_heads_}
     count = heads.get(path.removeprefix("blocks/").rpartition("/")[0])
+    # What it calls qwen3 turns halves, as we do.
     order = (lambda a: _interleaved(a, count)) if arch == "llama" and count else (lambda a: a)
     real = leaf.dequantize() if is_qtensor(leaf) else leaf
     real = order(turn(np.asarray(real).astype(np.float32)))

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from compress.calibrate import ByPath, sequential
+from compress.calibrate import sequential
 from compress.formats import Format, format_of
+from compress.observed import ByPath
 from compress.qtensor import QTensor, to_real
 from compress.quantize import contraction_axis, formats_by_path, quantize_params
 from compress.rounding import assemble, check_shape, find_scales, quantize, to_numbers
@@ -242,7 +243,7 @@ def gptq_params(
     tables = [(f"^{path}$", f) for path, f in formats.items() if path.split("/")[0] != STACK]
     if now := [(regex, f) for regex, f in tables if regex[1:-1] not in later]:
         params = quantize_params(params, now, quantize, candidates=candidates)
-    out = sequential(model, params, batches, ("hessian",), one_layer, stages=stages)
+    out = sequential(model, params, batches, ("hessian",), one_layer, stages=stages, kernels=inside)
 
     def last(path, leaf):
         if path not in later:

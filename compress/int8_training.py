@@ -36,6 +36,7 @@ _TYPES: dict[str, Any] = {
     "e5m2": jnp.float8_e5m2,
 }
 _LARGEST = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}
+MOST_SUMMED = (2**31 - 1) // 127**2  # int8 products that int32 holds, whatever the numbers
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def dot(
       [..., O] in the type of x.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit, or more products in a sum than int32 holds.
 
     >>> x, w = jnp.array([[1.0, -2.0]]), jnp.array([[3.0], [1.0]])
     >>> round(float(dot(x, w)[0, 0]), 1)
@@ -134,6 +135,11 @@ def _product(
         # As `linear` does: in the type of activations and their gradients.
         b = b.astype(a.dtype)
         return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide).astype(dtype)
+    if kind == "int8" and a.shape[axes[0]] > MOST_SUMMED:
+        raise ValueError(
+            f"{a.shape[axes[0]]:,} products of int8 are summed, and int32 holds {MOST_SUMMED:,} at "
+            "their largest; take fewer rows a step by micro-batches, or this product in float"
+        )
     one, two = (None, None) if key is None else jax.random.split(key)
     a_numbers, a_scale = round_to(kind, a, axes[0], one)
     b_numbers, b_scale = round_to(kind, b, axes[1], two)

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 
-from compress.calibrate import ByPath, sequential
+from compress.calibrate import check_finite, sequential
 from compress.lowrank import LowRank, Sum, compensate, factorize, is_weight
+from compress.observed import ByPath
 from compress.quantize import contraction_axis
 from model.rules import STACK, Rules, is_stacked, leaf_paths, match, path_of
 from model.transformer import Transformer
@@ -188,6 +189,7 @@ def compensate_on(
     """
     ranks = ranks_by_path(compressed, rules)
     _check_plain(params, ranks)
+    check_finite(params)
     plain = dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
 
     def one(path: str, number: int, leaf: Any, hessian: jax.Array) -> Any:
@@ -220,7 +222,8 @@ def _layer_by_layer(
 
         return jax.tree_util.tree_map_with_path(change, layer, is_leaf=is_weight)
 
-    return sequential(model, params, batches, ("hessian",), replace_layer).params
+    inside = [path.removeprefix(f"{STACK}/") for path in ranks]
+    return sequential(model, params, batches, ("hessian",), replace_layer, kernels=inside).params
 
 
 def _check_plain(params: PyTree, ranks: dict[str, int]) -> None:

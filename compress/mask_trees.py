@@ -118,10 +118,13 @@ def by_layer(pattern: Pattern = unstructured) -> Selection:
     """
 
     def select(scores: Leaves, sparsities: Leaves) -> Leaves:
-        return {
-            path: _over_layers(pattern, path)(score, sparsities[path])
-            for path, score in scores.items()
-        }
+        return {path: one(path, score, sparsities[path]) for path, score in scores.items()}
+
+    def one(path: str, score: jax.Array, sparsity: jax.Array) -> jax.Array:
+        try:
+            return _over_layers(pattern, path)(score, sparsity)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
 
     return select
 

@@ -9,6 +9,7 @@ Shapes: B batch, T time, D width, H heads, K head width, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import jax
 import numpy as np
 
 from compress.formats import FORMATS
-from compress.gguf_layouts import architecture_of
 from compress.quantize import is_qtensor
 from model.config import TransformerConfig
 
@@ -26,6 +26,14 @@ PyTree = Any
 OPSET = 20  # the first with a Gelu
 LARGEST = 2**31 - 2**20  # protobuf counts in int32; something is left for the nodes
 IR_VERSION = 10  # that runtimes of the same age read
+HOLD_ANY = "The native and the StableHLO format hold any model"
+# Fields of a config that are sizes, or that say nothing of what a finished model computes.
+FREE = {
+    *("vocabulary_size", "max_length", "layers", "width", "heads", "kv_heads", "head_width"),
+    *("ffn_width", "norm_epsilon", "tied_head", "rotary_base", "zero_init_projections"),
+    *("init_std", "dropout", "layer_drop", "token_drop", "dtype", "parameter_dtype"),
+    *("scan_layers", "remat"),
+}
 
 
 class _Graph:
@@ -90,8 +98,10 @@ def write_onnx(path: Path, config: TransformerConfig, params: PyTree) -> None:
     import onnx
     from onnx import TensorProto, helper
 
-    if architecture_of(config) != "gpt2":
-        raise ValueError("ONNX is written for GPT-2's kind of block alone; StableHLO holds any")
+    if differs := _differences(config):
+        raise ValueError(
+            f"ONNX is written for GPT-2's kind of block alone, and {'; '.join(differs)}. {HOLD_ANY}"
+        )
     if path.exists():
         raise ValueError(f"{path} exists already and nothing is overwritten; give a free name")
     g = _Graph()
@@ -119,6 +129,20 @@ def write_onnx(path: Path, config: TransformerConfig, params: PyTree) -> None:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _differences(config: TransformerConfig) -> list[str]:
+    """What of a model is not as in GPT-2: a config's defaults are GPT-2's."""
+    wrong = [
+        f"{field.name} is {getattr(config, field.name)!r} and must be {field.default!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in FREE and getattr(config, field.name) != field.default
+    ]
+    if config.kv_heads_ != config.heads:
+        wrong.append(f"kv_heads is {config.kv_heads_} and must be {config.heads}")
+    if config.heads * config.head_width_ != config.width:
+        wrong.append(f"{config.heads} heads of {config.head_width_} must fill {config.width}")
+    return wrong
 
 
 def _forward(g: _Graph, c: TransformerConfig, params: PyTree) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress.calibrate import ByPath, sequential
+from compress.calibrate import sequential
 from compress.folding import at_least, fold, leaf_at, sites_of
+from compress.observed import ByPath
 from model.config import TransformerConfig
 from model.transformer import Transformer
 
@@ -64,4 +65,5 @@ def smooth_params(
     def one(number: int, layer: PyTree, seen: ByPath) -> PyTree:
         return smooth_layer(model.config, layer, seen, alpha)
 
-    return sequential(model, params, batches, ("absmax",), one).params
+    seen = [site.kernels[0] for site in sites_of(model.config)]
+    return sequential(model, params, batches, ("absmax",), one, kernels=seen).params

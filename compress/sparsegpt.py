@@ -19,11 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress.calibrate import ByPath, sequential
+from compress.calibrate import sequential
 from compress.formats import Format, format_of
 from compress.gptq import inverse_factor
-from compress.mask_trees import targets_of
+from compress.mask_trees import by_layer, check_selection, targets_of
 from compress.masks import check_sparsity, keep_top, n_of_m, zeros_of
+from compress.observed import ByPath
 from compress.qtensor import QTensor, to_real
 from compress.quantize import formats_by_path, is_qtensor, quantize_params
 from compress.rounding import Scales, assemble, check_shape, find_scales, to_numbers
@@ -99,7 +100,7 @@ def _check(
     if block < 1:
         raise ValueError(f"a block of {block} rows holds no weight; give at least 1")
     if group is not None:
-        n_of_m(group)(jnp.zeros((w.shape[0], 1)), 0.0)  # raises where groups do not divide
+        jax.eval_shape(n_of_m(group), w, 0.0)  # raises where groups do not divide
     if format is not None:
         check_shape(w, format, -2)
         if format.offset == "minimum":
@@ -272,6 +273,8 @@ def sparsegpt_params(
                 f"{path!r} is no kernel of a block, the only weights whose inputs are known here; "
                 "prune it by compress.mask_trees.masks_from, or narrow the rule"
             )
+    if group is not None:
+        check_selection(by_layer(n_of_m(group)), params, targets)
     by_path = formats_by_path(params, formats) if formats else {}
     settings: Any = {"group": group, "damping": damping, "block": block}
 
@@ -294,4 +297,5 @@ def sparsegpt_params(
     outside = [(f"^{path}$", f) for path, f in by_path.items() if not is_stacked(path)]
     if outside:
         params = quantize_params(params, outside)
-    return sequential(model, params, batches, ("hessian",), one_layer).params
+    inside = [p.removeprefix(f"{STACK}/") for p in {**targets, **by_path} if is_stacked(p)]
+    return sequential(model, params, batches, ("hessian",), one_layer, kernels=inside).params

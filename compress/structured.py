@@ -46,7 +46,6 @@ def keep_neurons(config: TransformerConfig, params: PyTree, neurons_Lf: Any) -> 
 
     >>> from model.presets import gpt2_tiny
     >>> from model.transformer import Transformer
-    >>> from model.transformer import Transformer
     >>> config = gpt2_tiny()
     >>> model = Transformer(config)
     >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -76,7 +75,6 @@ def keep_groups(config: TransformerConfig, params: PyTree, groups_Lg: Any) -> Mo
       ValueError: indices of another shape, out of range or repeated.
 
     >>> from model.presets import llama_tiny
-    >>> from model.transformer import Transformer
     >>> from model.transformer import Transformer
     >>> config = llama_tiny()
     >>> model = Transformer(config)
@@ -115,7 +113,6 @@ def keep_queries(config: TransformerConfig, params: PyTree, heads_LGr: Any) -> M
 
     >>> from model.presets import llama_tiny
     >>> from model.transformer import Transformer
-    >>> from model.transformer import Transformer
     >>> config = llama_tiny()
     >>> model = Transformer(config)
     >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -148,7 +145,6 @@ def keep_layers(config: TransformerConfig, params: PyTree, layers_l: Any) -> Mod
       ValueError: layers that are not there, or not in increasing order.
 
     >>> from model.presets import gpt2_tiny
-    >>> from model.transformer import Transformer
     >>> from model.transformer import Transformer
     >>> config = gpt2_tiny(window=(4, 8))
     >>> model = Transformer(config)

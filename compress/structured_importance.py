@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.calibrate import sequential
+from compress.calibrate import observe
 from compress.structured import Model, keep_groups, keep_layers, keep_neurons
 from compress.structured_gates import gated, part_shape
 from compress.structured_width import READERS, WRITERS, keep_width
@@ -160,13 +160,8 @@ def by_activation(
     shape = part_shape(model.config, part)
     if part in ("neurons", "groups"):
         path = {"neurons": "mlp/down/kernel", "groups": "attention/o/kernel"}[part]
-        rows: list[jax.Array] = []
-
-        def note(number: int, layer: PyTree, seen: Any) -> PyTree:
-            rows.append(seen[path]["square_sum"] / seen[path]["tokens"])
-            return layer
-
-        sequential(model, params, batches, ("square_sum", "tokens"), note)
+        seen = observe(model, params, batches, ("square_sum", "tokens"), kernels=[path])
+        rows = [layer[path]["square_sum"] / layer[path]["tokens"] for layer in seen.layers]
         return jnp.sqrt(jnp.stack(rows).reshape(*shape, -1).mean(axis=-1))
 
     @jax.jit

@@ -66,10 +66,10 @@ def keep_width(config: TransformerConfig, params: PyTree, features_d: Any) -> Mo
       features_d: whole numbers [d] without repetition.
 
     Raises:
-      ValueError: indices of another shape, out of range or repeated.
+      ValueError: indices of another shape, out of range or repeated; norms without scales, which
+        the correction goes into.
 
     >>> from model.presets import gpt2_tiny
-    >>> from model.transformer import Transformer
     >>> from model.transformer import Transformer
     >>> config = gpt2_tiny()
     >>> model = Transformer(config)
@@ -79,6 +79,11 @@ def keep_width(config: TransformerConfig, params: PyTree, features_d: Any) -> Mo
     (24, 8, 128, 1.3333)
     """
     check_no_shortcuts(config, ("embedding_norm", "embedding_shortcut", "value_embeddings"))
+    if not config.norm_scale:
+        raise ValueError(
+            "a narrower stream is corrected in the scales of the norms, and this model's have none "
+            "(norm_scale is False); prune other parts of it"
+        )
     index = check_indices(features_d, (), config.width, "features")
     gone = np.setdiff1d(np.arange(config.width), index)
     factor = config.width / len(index)
@@ -127,7 +132,6 @@ def centre_stream(config: TransformerConfig, params: PyTree) -> PyTree:
       ValueError: for RMSNorm, which does see it; for a tied head, which reads the embedding, too.
 
     >>> from model.presets import gpt2_tiny
-    >>> from model.transformer import Transformer
     >>> from model.transformer import Transformer
     >>> config = gpt2_tiny(tied_head=False)
     >>> model = Transformer(config)

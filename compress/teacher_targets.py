@@ -14,6 +14,7 @@ Shapes: N positions, V vocabulary, k kept tokens.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -86,10 +87,33 @@ def sampled_targets(
         raise ValueError(f"the proposal's exponent is {proposal}; it must be above 0")
     log_p_NV = _log_softmax(logits_NV, temperature)
     log_q_NV = log_p_NV if proposal == 1 else jax.nn.log_softmax(proposal * log_p_NV, axis=-1)
-    shape = (k, log_q_NV.shape[0])
-    ids_Nk = jax.random.categorical(key, log_q_NV, axis=-1, shape=shape).T.astype(jnp.int32)
+    uniform_2Nk = jax.random.uniform(key, (2, len(log_q_NV), k), log_q_NV.dtype)
+    ids_Nk = draws(jnp.exp(log_q_NV), uniform_2Nk)
     ratios = jnp.take_along_axis(log_p_NV - log_q_NV, ids_Nk, axis=-1)
     return {"ids": ids_Nk, "log_ratios": ratios}
+
+
+def draws(q_NV: jax.Array, uniform_2Nk: jax.Array) -> jax.Array:
+    """Returns k independent draws of each distribution, int32 [N, k], by the inverse of its sums.
+
+    First a stretch of about sqrt(V) tokens is drawn, then one of its tokens: the sum of all would
+    lose rare tokens in float32, and noise for every token and draw would take k times N x V.
+
+    Args:
+      q_NV: probabilities, or anything proportional to them.
+      uniform_2Nk: from 0 to below 1.
+
+    >>> uniform = jnp.full((2, 1, 2), 0.5).at[0, 0].set(jnp.array([0.2, 0.3]))
+    >>> draws(jnp.array([[0.0, 1.0, 0.0, 3.0]]), uniform).tolist()
+    [[1, 3]]
+    """
+    N, V = q_NV.shape
+    size = math.isqrt(V - 1) + 1
+    count = -(-V // size)
+    q_NBS = jnp.pad(q_NV, ((0, 0), (0, count * size - V))).reshape(N, count, size)
+    stretch_Nk = _where_sum_passes(q_NBS.sum(axis=-1)[:, None], uniform_2Nk[0])
+    q_NkS = jnp.take_along_axis(q_NBS, stretch_Nk[..., None], axis=1)
+    return size * stretch_Nk + _where_sum_passes(q_NkS, uniform_2Nk[1])
 
 
 def top_k_kl(
@@ -154,6 +178,12 @@ def _log_softmax(logits_NV: jax.Array, temperature: Any) -> jax.Array:
         raise ValueError(f"the temperature is {temperature}; it must be above 0")
     dtype = at_least_float32(logits_NV.dtype)
     return jax.nn.log_softmax(logits_NV.astype(dtype) / jnp.asarray(temperature, dtype), axis=-1)
+
+
+def _where_sum_passes(q: jax.Array, uniform_Nk: jax.Array) -> jax.Array:
+    """First index of the last axis at which the running sum is above that share of the whole."""
+    sums = jnp.cumsum(q, axis=-1)
+    return (sums <= uniform_Nk[..., None] * sums[..., -1:]).sum(axis=-1, dtype=jnp.int32)
 
 
 def _without(log_NV: jax.Array, ids_Nk: jax.Array) -> jax.Array:

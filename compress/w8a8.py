@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.calibrate import ByPath, sequential
+from compress.calibrate import observe
 from compress.qtensor import QTensor
 from compress.quantize import is_qtensor
 from model.rules import STACK, Rules, match, path_of
@@ -187,15 +187,9 @@ def activation_ranges(
       params: its parameters, plain or quantized.
       batches: calibration tokens, int [B, T] each.
     """
-    layers: list[ByPath] = []
-
-    def look(number: int, layer: PyTree, by_path: ByPath) -> PyTree:
-        layers.append(by_path)
-        return layer
-
-    out = sequential(model, params, batches, ("low", "high"), look)
+    layers, head = observe(model, params, batches, ("low", "high"))
     at_head = "token_embedding/embedding" if model.config.tied_head else "head/kernel"
-    ranges = {at_head: Range(out.head["low"].min(), out.head["high"].max())}
+    ranges = {at_head: Range(head["low"].min(), head["high"].max())}
     for path in layers[0]:
         ranges[f"{STACK}/{path}"] = Range(
             jnp.stack([by_path[path]["low"].min() for by_path in layers]),

@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compress.calibrate import sequential
-from compress.mask_trees import flat, nested
+from compress.mask_trees import by_layer, check_selection, flat, nested
 from compress.masks import Pattern, check_sparsity, magnitude, unstructured
+from model.rules import STACK
 from model.transformer import Transformer
 
 PyTree = Any
@@ -73,6 +75,12 @@ def wanda(
     4096
     """
     check_sparsity(sparsity, "the kernels")
+    shares = {
+        path: np.full(leaf.shape[:1], sparsity, np.float32)
+        for path, leaf in flat(params).items()
+        if path.startswith(f"{STACK}/") and path.endswith("/kernel")
+    }
+    check_selection(by_layer(pattern), params, shares)
 
     @jax.jit
     def prune(w_IO: jax.Array, square_sum_I: jax.Array) -> jax.Array:

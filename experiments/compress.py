@@ -4,7 +4,11 @@
         --calibration text.txt --out runs/small
 
 Prints the report, before and after (`experiments.compression_report`). What comes out is a run:
-`experiments.generate`, `experiments.evaluate` and `experiments.export` open it.
+`experiments.generate`, `experiments.evaluate` and `experiments.export` open it. What is lost may be
+trained back, the larger model teaching:
+
+    python -m experiments.pretrain --from-run runs/small --method distil \\
+        --distil.teacher runs/first --out runs/recovered
 """
 
 from __future__ import annotations
@@ -16,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from compress.calibrate import windows
+from compress.calibrate import not_finite, windows
 from compress.lora import merged
 from compress.stored import is_packed
 from experiments.cli import parse, run_main
@@ -40,7 +43,8 @@ class Compress:
     """What to compress, with what; give --run or --hf.
 
     Attributes:
-      method: name, and its fields.
+      method: name, and its fields. What takes training (quantization-aware training, gradual and
+        sparse training, LoRA, distillation) is a method of experiments.pretrain --from-run RUN.
       run: run to compress.
       hf: Hugging Face folder to compress.
       out: run to make; it must not exist.
@@ -127,8 +131,16 @@ def check_plain(run: Run) -> None:
         raise ValueError(
             f"{run.folder} is quantized already ({packed[0]}); compress the run that it was made of"
         )
-    if bad := [path_of(path) for path, leaf in leaves if not bool(jnp.isfinite(leaf).all())]:
-        raise ValueError(f"{', '.join(bad)} of {run.folder} holds NaN or infinity")
+    check_finite(run)
+
+
+def check_finite(run: Run) -> None:
+    """Raises ValueError if a parameter holds NaN or infinity."""
+    if bad := not_finite(run.params):
+        raise ValueError(
+            f"{', '.join(bad)} of {run.folder} holds NaN or infinity; choose a checkpoint from "
+            "before training diverged with --step"
+        )
 
 
 def run_command(command: Compress) -> list[str]:

@@ -8,6 +8,7 @@ Written as report.json and report.md into the run that was compressed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress.lowrank import LowRank, Sum, is_weight
 from compress.quantize import dequantize_params
 from compress.stored import is_packed, is_product
 from experiments.audit import audit
@@ -26,7 +28,9 @@ from experiments.compression_quality import Side, quality
 from experiments.compression_timings import PROMPT, Timing, timings
 from experiments.machine import machine
 from experiments.run import Run, open_run, phase_at, write_json
+from model.config import TransformerConfig
 from model.flops import flops_per_token
+from model.rules import path_of
 from train.corpus import Split, build_corpus
 from train.data import evaluation_batches
 from train.sources import open_source, parse_mixture
@@ -66,8 +70,39 @@ def sizes(run: Run) -> Side:
         "bytes on the device": sum(
             leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(run.params)
         ),
-        "FLOPs per token": round(flops_per_token(run.model.config, length)),
+        "FLOPs per token": round(flops_of(run.model.config, run.params, length)),
     }
+
+
+def flops_of(config: TransformerConfig, params: Any, length: int) -> float:
+    """Returns `model.flops.flops_per_token`, kernels of two factors counted as what they are.
+
+    A product with factors of rank R takes 2 R (I + O) operations in place of 2 I O, or, where they
+    are added to a kernel that stays, besides.
+
+    Args:
+      config: of the model.
+      params: its parameters, of any kind.
+      length: tokens of a window.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)[0]
+    head = "token_embedding/embedding" if config.tied_head else "head/kernel"
+    products = [
+        leaf for at, leaf in leaves if (path := path_of(at)).endswith("/kernel") or path == head
+    ]
+    return flops_per_token(config, length) + sum(map(_more_flops, products))
+
+
+def _more_flops(w: Any) -> float:
+    """Of a product with a weight, beside those of a plain matrix of its shape."""
+    if not isinstance(w, LowRank | Sum):
+        return 0.0
+    low = w if isinstance(w, LowRank) else w.low
+    *layers, inputs, outputs = low.shape
+    factors = 2.0 * low.rank * (inputs + outputs)
+    if isinstance(w, LowRank):
+        return math.prod(layers) * (factors - 2.0 * inputs * outputs)
+    return math.prod(layers) * factors + _more_flops(w.base)
 
 
 def report(

@@ -18,6 +18,7 @@ from compress.structured_importance import (
     by_taylor,
     keep_best,
 )
+from compress.students import distilgpt2_style, minitron_style
 from model.config import TransformerConfig
 from model.transformer import Transformer
 
@@ -48,21 +49,67 @@ class Structured:
         self, model: Transformer, params: PyTree, batches: Batches
     ) -> tuple[TransformerConfig, PyTree]:
         """Removes layers, then features, heads and neurons, each judged in what is left by then."""
-        keep = {part: n for part in PARTS if (n := getattr(self, part)) is not None}
-        if not keep:
-            raise ValueError(f"nothing is to be removed; say how many {', '.join(PARTS)} to keep")
-        for part, count in keep.items():
-            there = part_shape(model.config, part)[-1]
-            if not 1 <= count <= there:
-                raise ValueError(
-                    f"{count} {part} cannot be kept: there are {there}, keep 1 or more"
-                )
-        config = model.config
+        keep, config = _to_keep(model.config, self), model.config
         for part, count in keep.items():
             now = model.clone(config=config)
             scores = IMPORTANCE[self.importance](now, params, batches, part)
             config, params = keep_best(config, params, part, scores, count)
         return config, params
+
+
+@dataclass(frozen=True)
+class DistilGPT2Style:
+    """Half of the layers, evenly spread (Sanh et al. 2019, arXiv:1910.01108).
+
+    Then train it with --method distil and the hard, the soft and the hidden term.
+    """
+
+    def __call__(
+        self, model: Transformer, params: PyTree, batches: Batches
+    ) -> tuple[TransformerConfig, PyTree]:
+        """Takes the layers; needs no calibration."""
+        return distilgpt2_style(model.config, params)
+
+
+@dataclass(frozen=True)
+class MinitronStyle:
+    """The most important parts by activation, and all but a late run of the layers.
+
+    Unlike `Structured`, all is judged in the whole model (Muralidharan et al. 2024,
+    arXiv:2407.14679). Then train it with --method distil and the soft term alone.
+
+    Attributes:
+      layers: blocks to keep, None for all.
+      width: features of the stream.
+      groups: key/value heads, with their query heads.
+      neurons: of a feed-forward layer.
+    """
+
+    layers: int | None = None
+    width: int | None = None
+    groups: int | None = None
+    neurons: int | None = None
+
+    def __call__(
+        self, model: Transformer, params: PyTree, batches: Batches
+    ) -> tuple[TransformerConfig, PyTree]:
+        """Judges all parts, then removes what is least."""
+        keep = _to_keep(model.config, self)
+        judged = [part for part in keep if part != "layers"]
+        importance = {part: by_activation(model, params, batches, part) for part in judged}
+        return minitron_style(model.config, params, importance, keep)
+
+
+def _to_keep(config: TransformerConfig, asked: Any) -> dict[str, int]:
+    """Part -> how many, once it is known that there are as many."""
+    keep = {part: n for part in PARTS if (n := getattr(asked, part)) is not None}
+    if not keep:
+        raise ValueError(f"nothing is to be removed; say how many {', '.join(PARTS)} to keep")
+    for part, count in keep.items():
+        there = part_shape(config, part)[-1]
+        if not 1 <= count <= there:
+            raise ValueError(f"{count} {part} cannot be kept: there are {there}, keep 1 or more")
+    return keep
 
 
 def loss_on(model: Transformer, batches: Batches) -> Callable[[PyTree], jax.Array]:

@@ -37,7 +37,7 @@ from compress.smoothquant import smooth_params
 from compress.sparsegpt import sparsegpt_params
 from compress.w8a8 import Activation, activation_ranges, integer_products
 from compress.wanda import by_output, wanda
-from experiments.compressor_structured import Structured
+from experiments.compressor_structured import DistilGPT2Style, MinitronStyle, Structured
 from model.config import TransformerConfig
 from model.transformer import Transformer
 
@@ -227,12 +227,14 @@ class SparseGPT:
       pattern: anywhere, or two of every four along the contraction axis.
       format: quantizes what is kept, together with the pruning; None leaves it float.
       block: rows of a kernel that are ranked together.
+      damping: added to the diagonal, as a share of its mean.
     """
 
     sparsity: float = 0.5
     pattern: Name24 = "unstructured"
     format: str | None = None
     block: int = 128
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         _check_pattern(self.pattern, self.sparsity)
@@ -246,9 +248,9 @@ class SparseGPT:
         formats = () if self.format is None else ((kernels, self.format),)
         group = 4 if self.pattern == "2:4" else None
         rules = ((kernels, self.sparsity),)
-        return model.config, sparsegpt_params(
-            model, params, batches, rules, group=group, formats=formats, block=self.block
-        )
+        settings: Any = {"group": group, "formats": formats}
+        settings |= {"block": self.block, "damping": self.damping}
+        return model.config, sparsegpt_params(model, params, batches, rules, **settings)
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,8 @@ COMPRESSORS: dict[str, Callable[[], Any]] = {
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
     "structured": Structured,
+    "distilgpt2": DistilGPT2Style,
+    "minitron": MinitronStyle,
     "lowrank": LowRankFactors,
     "compensated": Compensated,
 }

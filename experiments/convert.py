@@ -122,7 +122,7 @@ def from_huggingface(
     The run has no data and no optimizer state: it is there to be opened and to start others from.
 
     Args:
-      folder: `config.json` and safetensors of a GPT-2 or Llama model.
+      folder: `config.json` and safetensors of a GPT-2, Llama, Qwen3 or nanochat model.
       out: the run to make.
       tokenizer: see `train.tokenizers.load_tokenizer`; None looks into `folder`.
       dtype: type of the parameters.

@@ -83,8 +83,21 @@ def write_cache(
       ValueError: as `compress.teacher_cache.write_teacher_cache`.
     """
 
+    targets, identity = answers(teacher, params, kept), identity_of(kept, params, data)
+    return write_teacher_cache(folder, batches, targets, identity, teacher.config.vocabulary_size)
+
+
+def answers(teacher: Transformer, params: Any, kept: Kept) -> Callable[[Mapping[str, Any]], Batch]:
+    """Returns what says of one batch after the other what is kept of it; compiled once a shape.
+
+    Args:
+      teacher: the model.
+      params: its parameters.
+      kept: what is kept; the draws of a batch depend on how many came before.
+    """
+
     @jax.jit
-    def answer(key: jax.Array, batch: Batch) -> Batch:
+    def answer(params: Any, key: jax.Array, batch: Batch) -> Batch:
         places = (batch.get("positions"), batch.get("segments"))
         final_BTD = features(teacher, params, batch["tokens"], *places).final
         B, T, D = final_BTD.shape
@@ -102,10 +115,9 @@ def write_cache(
 
     def targets(batch: Mapping[str, Any]) -> Batch:
         seen = {name: batch[name] for name in ("tokens", "positions", "segments") if name in batch}
-        return answer(jax.random.fold_in(key, next(numbers)), seen)
+        return answer(params, jax.random.fold_in(key, next(numbers)), seen)
 
-    identity = identity_of(kept, params, data)
-    return write_teacher_cache(folder, batches, targets, identity, teacher.config.vocabulary_size)
+    return targets
 
 
 def with_targets(cache: TeacherCache, batch: Mapping[str, Any]) -> dict[str, Any]:

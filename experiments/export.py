@@ -21,12 +21,14 @@ from typing import Literal
 
 from compress.gguf import Vocabulary, write_gguf
 from compress.native import save_native
-from compress.onnx import write_onnx
+from compress.onnx import HOLD_ANY, write_onnx
 from compress.stablehlo import save_stablehlo
 from experiments.cli import run_main
+from experiments.compress import check_finite
 from experiments.convert import to_huggingface
 from experiments.folders import check_free
 from experiments.run import Run, open_run, phase_at
+from model.huggingface_config import write_config
 from train.tokenizers_export import export_files
 
 
@@ -123,6 +125,10 @@ def _onnx(run: Run, command: Export) -> list[str]:
 
 
 def _huggingface(run: Run, command: Export) -> list[str]:
+    try:
+        write_config(run.model.config)
+    except ValueError as error:
+        raise ValueError(f"{error}. {HOLD_ANY}") from None
     return to_huggingface(command.run, command.out, command.step, command.dtype)[1:-1]
 
 
@@ -140,8 +146,8 @@ def run_command(command: Export) -> list[str]:
     """Writes what the command says; returns lines to print.
 
     Raises:
-      ValueError: `out` exists, a setting that the format does not have, or a model that it does not
-        hold.
+      ValueError: `out` exists, a setting that the format does not have, weights that are not
+        finite, or a model that it does not hold.
     """
     write, has = EXPORTS[command.format]
     for name in ("dtype", "batch", "length"):
@@ -149,6 +155,7 @@ def run_command(command: Export) -> list[str]:
             raise ValueError(f"the format {command.format} has no {name}; leave --{name} out")
     check_free(command.out)
     run = open_run(command.run, command.step)
+    check_finite(run)
     lines = write(run, command)
     return [
         f"run          {command.run} at step {run.step}",

@@ -229,9 +229,8 @@ class Block(nn.Module):
 def norm(config: TransformerConfig, name: str, kind: Any = None) -> Norm:
     """Returns the norm that `config` asks for, or one of `kind`."""
     kind = config.norm if kind is None else kind
-    return Norm(
-        kind, config.norm_epsilon, config.biases, jnp.dtype(config.parameter_dtype), name=name
-    )
+    dtype = jnp.dtype(config.parameter_dtype)
+    return Norm(kind, config.norm_epsilon, config.biases, dtype, config.norm_scale, name=name)
 
 
 def _linear(

@@ -29,6 +29,8 @@ class TransformerConfig:
       rotary_base: base of the rotary frequencies.
       norm: "layernorm" or "rmsnorm" (Zhang & Sennrich 2019, arXiv:1910.07467).
       norm_epsilon: added to the variance or mean square.
+      norm_scale: whether norms have a learned scale, those of `qk_norm` among them. Without one, as
+        in nanochat, a norm before positions is the same as one after: turning changes no length.
       biases: whether kernels and LayerNorms carry a bias.
       activation: "gelu" (tanh form), "gelu_exact", "relu_squared" (So et al. 2021,
         arXiv:2109.08668) or "swiglu" (Shazeer 2020, arXiv:2002.05202; adds a gate kernel).
@@ -82,6 +84,7 @@ class TransformerConfig:
     rotary_base: float = 10_000.0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: float = 1e-5
+    norm_scale: bool = True
     biases: bool = True
     activation: Literal["gelu", "gelu_exact", "relu_squared", "swiglu"] = "gelu"
     qk_norm: bool = False

@@ -203,6 +203,11 @@ def check_growth(config: TransformerConfig, to: TransformerConfig, how: How = "i
             f"width {config.width} cannot become {to.width}: norms stay what they were only if "
             f"every feature is copied as often; make it a multiple, such as {2 * config.width}"
         )
+    if to.width > config.width and to.tied_head and not to.norm_scale:
+        raise ValueError(
+            "a tied head has its inputs divided by the scale of the norm before it, and this "
+            "model's norms have none; untie the head (tied_head=False), or keep the width"
+        )
     if to.head_width_ != config.head_width_:
         raise ValueError(
             f"head_width {config.head_width_} cannot become {to.head_width_}: scores and rotary "

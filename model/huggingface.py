@@ -1,7 +1,7 @@
 """Weights in from and out to Hugging Face folders: `config.json` and safetensors, without torch.
 
 Which parameter is which tensor, and which entry of `config.json` is which field, is said once, as
-data, in `model.huggingface_layouts`; both directions read the same tables.
+data, in `model.huggingface_kinds`; both directions read the same tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,12 +24,20 @@ import numpy as np
 
 from model.config import TransformerConfig
 from model.huggingface_config import read_config, write_config
-from model.huggingface_files import CONFIG, INDEX, WEIGHTS, Stored, open_tensors, read_json, some
+from model.huggingface_files import (
+    CONFIG,
+    Stored,
+    open_tensors,
+    read_json,
+    some,
+    write_shards,
+)
 from model.huggingface_layouts import (
     HEAD,
     SCORE,
     Layout,
     Tensor,
+    exchange_halves,
     expected_tensors,
     full_key,
     layer_keys,
@@ -50,7 +57,7 @@ _COMPARED_ROWS = 4096  # of an embedding at a time: some 10 MB at the usual widt
 def load(
     directory: str | os.PathLike[str], *, dtype: DType = "float32", classes: int | None = None
 ) -> tuple[TransformerConfig, dict[str, Any]]:
-    """Reads a GPT-2 or Llama model from a folder in the format of transformers.
+    """Reads a GPT-2, Llama, Qwen3 or nanochat model from a folder in the format of transformers.
 
     Read are `config.json` and `model.safetensors`, or the shards that
     `model.safetensors.index.json` names; tensors may be of any floating-point type. Keys with and
@@ -111,7 +118,7 @@ def load(
         _check_stored(stored, tensors, shapes, layout, directory)
         leaves: dict[str, jax.Array] = {}
         for tensor in tensors:
-            leaves |= _read(tensor, stored, shapes, dtype)
+            leaves |= _read(tensor, stored, shapes, dtype, config.head_width_)
     config = dataclasses.replace(config, parameter_dtype=dtype)
     return config, flax.traverse_util.unflatten_dict(leaves, sep="/")
 
@@ -157,6 +164,11 @@ def save(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
     fields |= {"dtype": dtype, "torch_dtype": dtype}  # for transformers 5 and 4
+    if classes is not None and not layout.classifies:
+        raise ValueError(
+            f"transformers has no classifier of the kind {layout.model_type}, which alone holds "
+            "this config; keep the model as a run of ours"
+        )
     if classes is not None:
         fields["architectures"] = [re.sub(_HEADED, CLASSIFIER, layout.architecture)]
     if taken := sorted(set(fields) & set(extra or {})):
@@ -173,9 +185,9 @@ def save(
     temporary = directory.resolve().parent / name
     temporary.mkdir()
     try:
-        stream = _tensors(tensors, leaves, shapes, layout, dtype)
+        stream = _tensors(tensors, leaves, shapes, layout, dtype, config.head_width_)
         plan = _plan(tensors, shapes, layout, np.dtype(jnp.dtype(dtype)).itemsize, max_shard_bytes)
-        _write_shards(temporary, stream, plan)
+        write_shards(temporary, stream, plan)
         (temporary / CONFIG).write_text(text, encoding="utf-8")
         _check_free(directory)
         os.replace(temporary, directory.resolve())
@@ -261,13 +273,18 @@ def _check_stored(
 
 
 def _read(
-    tensor: Tensor, stored: dict[str, Stored], shapes: dict[str, tuple[int, ...]], dtype: str
+    tensor: Tensor,
+    stored: dict[str, Stored],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    head_width: int,
 ) -> dict[str, jax.Array]:
     """The parameters that one entry of the table holds, all layers."""
     stacks = [np.empty(shapes[path], jnp.dtype(dtype)) for path in tensor.paths]
     for layer, key in layer_keys(tensor, shapes):
         values = stored[key].read()
         values = values.T if tensor.transposed else values
+        values = exchange_halves(values, head_width) if tensor.exchanged else values
         ends = np.cumsum([stack.shape[-1] for stack in stacks])
         for stack, part in zip(stacks, np.split(values, ends[:-1], axis=-1), strict=True):
             stack[... if layer is None else layer] = _cast(part, stack.dtype, key)
@@ -322,6 +339,7 @@ def _tensors(
     shapes: dict[str, tuple[int, ...]],
     layout: Layout,
     dtype: str,
+    head_width: int,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of theirs, one after the other, in the order of `stored_shapes`."""
     for tensor in tensors:
@@ -329,6 +347,7 @@ def _tensors(
         for layer, key in layer_keys(tensor, shapes):
             parts = [stack if layer is None else stack[layer] for stack in stacks]
             values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+            values = exchange_halves(values, head_width) if tensor.exchanged else values
             values = _cast(values.T if tensor.transposed else values, jnp.dtype(dtype), key)
             # safetensors writes memory as it lies, whatever the strides.
             yield full_key(key, layout), np.ascontiguousarray(values)
@@ -353,29 +372,6 @@ def _plan(
             shards.append({})
         shards[-1][full_key(key, layout)] = size
     return shards
-
-
-def _write_shards(
-    directory: Path, stream: Iterator[tuple[str, np.ndarray]], plan: list[dict[str, int]]
-) -> None:
-    from safetensors.numpy import save_file
-
-    names = [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))]
-    if len(plan) == 1:
-        names = [WEIGHTS]
-    for name, sizes in zip(names, plan, strict=True):
-        shard = dict(islice(stream, len(sizes)))
-        assert shard.keys() == sizes.keys()
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        del shard  # before the next is built
-    if len(plan) > 1:
-        index = {
-            "metadata": {"total_size": sum(sum(sizes.values()) for sizes in plan)},
-            "weight_map": {
-                key: name for name, sizes in zip(names, plan, strict=True) for key in sizes
-            },
-        }
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _cast(values: np.ndarray, dtype: Any, key: str) -> np.ndarray:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import TransformerConfig
-from model.huggingface_layouts import LAYOUTS, REQUIRED, Constant, Entry, Layout
+from model.huggingface_kinds import LAYOUTS
+from model.huggingface_layouts import REQUIRED, Constant, Entry, Layout
 
 _KINDS: dict[type, tuple[type, ...]] = {float: (int, float)}  # what JSON may hold for a kind
 
@@ -42,7 +43,7 @@ def read_config(theirs: Mapping[str, Any]) -> tuple[Layout, TransformerConfig]:
     >>> read_config({"model_type": "bert"})
     Traceback (most recent call last):
     ...
-    ValueError: model_type 'bert' is not supported; there are gpt2, llama
+    ValueError: model_type 'bert' is not supported; there are gpt2, llama, qwen3, nanochat
     """
     kind = theirs.get("model_type")
     if kind not in LAYOUTS:
@@ -105,10 +106,7 @@ def write_config(config: TransformerConfig) -> tuple[Layout, dict[str, Any]]:
             return layout, theirs
         wants = ", ".join(f"{name}={a!r} (it has {b!r})" for name, (a, b) in lost.items())
         reasons.append(f"{layout.model_type} cannot hold {wants}")
-    raise ValueError(
-        f"no Hugging Face format holds this config: {'; '.join(reasons)}. "
-        "Such a model can only be kept as a checkpoint of ours"
-    )
+    raise ValueError(f"no Hugging Face format holds this config: {'; '.join(reasons)}")
 
 
 def _write(layout: Layout, config: TransformerConfig) -> dict[str, Any]:
@@ -121,6 +119,10 @@ def _write(layout: Layout, config: TransformerConfig) -> dict[str, Any]:
             _put(theirs, constant.theirs, constant.accepted[0])
     for entry in layout.entries:
         value = getattr(config, entry.ours)
+        if value is None and entry.nullable:
+            for name in entry.theirs:
+                _put(theirs, name, None)
+            continue
         if value is None:  # ours has the default filled in under this name
             value = getattr(config, entry.ours + "_")
         if entry.choices is not None:
@@ -135,6 +137,8 @@ def _write(layout: Layout, config: TransformerConfig) -> dict[str, Any]:
 
 def _read_entry(entry: Entry, theirs: Mapping[str, Any]) -> Any:
     """Our value for an entry."""
+    if entry.nullable and any(theirs.get(name, entry) is None for name in entry.theirs):
+        return None
     found = {name: _get(theirs, name) for name in entry.theirs}
     found = {name: value for name, value in found.items() if value is not None}
     if not found:
@@ -162,7 +166,8 @@ def _read_entry(entry: Entry, theirs: Mapping[str, Any]) -> Any:
 
 def _check_constant(constant: Constant, theirs: Mapping[str, Any]) -> None:
     value = _get(theirs, constant.theirs)
-    if value is None or value in constant.accepted:
+    found = value if constant.each and isinstance(value, list) else [value]
+    if all(one is None or one in constant.accepted for one in found):
         return
     expected = constant.accepted[0]
     wanted = "it must be absent" if expected is None else f"only {expected!r} is"

@@ -1,11 +1,12 @@
-"""The files of a Hugging Face folder, opened but not read; pickled weights are refused."""
+"""The files of a Hugging Face folder: opened but not read, and written; pickles are refused."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,3 +131,33 @@ def some(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def write_shards(
+    directory: Path, stream: Iterator[tuple[str, np.ndarray]], plan: list[dict[str, int]]
+) -> None:
+    """Writes tensors into files, and the index if there is more than one.
+
+    Args:
+      directory: there, and empty.
+      stream: key and values, in the order of the plan.
+      plan: keys of each file, and their bytes.
+    """
+    from safetensors.numpy import save_file
+
+    names = [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))]
+    if len(plan) == 1:
+        names = [WEIGHTS]
+    for name, sizes in zip(names, plan, strict=True):
+        shard = dict(islice(stream, len(sizes)))
+        assert shard.keys() == sizes.keys()
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        del shard  # before the next is built
+    if len(plan) > 1:
+        index = {
+            "metadata": {"total_size": sum(sum(sizes.values()) for sizes in plan)},
+            "weight_map": {
+                key: name for name, sizes in zip(names, plan, strict=True) for key in sizes
+            },
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The checkpoint formats of Hugging Face as tables: entries of `config.json`, names of tensors.
+"""What a checkpoint format of Hugging Face is: entries of `config.json`, names of tensors.
 
-A `Layout` is data, read in both directions by `model.huggingface_config` and `model.huggingface`.
-To support another kind of model, add one to `LAYOUTS`.
+A `Layout` is data, read in both directions by `model.huggingface_config` and `model.huggingface`;
+those that there are stand in `model.huggingface_kinds`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax
+import numpy as np
 
 from model.config import TransformerConfig
 from model.flops import abstract_params
@@ -30,6 +31,7 @@ class Entry(NamedTuple):
       default: what transformers takes where the entry is missing or null. None leaves our default,
         which means the same.
       choices: their word -> ours, where they differ; the first word for a meaning is written.
+      nullable: null is not for the default, but for None of ours.
     """
 
     theirs: tuple[str, ...]
@@ -37,6 +39,7 @@ class Entry(NamedTuple):
     kind: type
     default: Any = REQUIRED
     choices: Mapping[str, str] | None = None
+    nullable: bool = False
 
 
 class Constant(NamedTuple):
@@ -47,11 +50,13 @@ class Constant(NamedTuple):
       accepted: the values that mean what our model computes, absence (None) always included. The
         first is written.
       training_only: another value is not refused, but warned about and taken for the first.
+      each: it is a list, a value a layer, and all of them are to be accepted.
     """
 
     theirs: str
     accepted: tuple[Any, ...]
     training_only: bool = False
+    each: bool = False
 
 
 class Tensor(NamedTuple):
@@ -61,11 +66,14 @@ class Tensor(NamedTuple):
       key: their name without the prefix of the base model; `{}` is the layer.
       paths: our parameters, joined along their last axis.
       transposed: whether theirs is [out, in]; ours is [in, out].
+      exchanged: whether the halves of each head lie the other way round: the same turn by position
+        then goes the other way.
     """
 
     key: str
     paths: tuple[str, ...]
     transposed: bool = False
+    exchanged: bool = False
 
 
 class Layout(NamedTuple):
@@ -79,6 +87,7 @@ class Layout(NamedTuple):
       entries, constants: of `config.json`.
       tensors: parameters that a config does not have (a tied head, biases) are passed over.
       stray: regex of keys, without prefix, that hold no parameters: buffers of older versions.
+      classifies: whether transformers has a classifier of this kind.
     """
 
     model_type: str
@@ -89,147 +98,12 @@ class Layout(NamedTuple):
     constants: tuple[Constant, ...]
     tensors: tuple[Tensor, ...]
     stray: str
+    classifies: bool = True
 
 
 HEAD = "lm_head.weight"
 SCORE = Tensor("score.weight", ("score/kernel",), transposed=True)
 """The head of a classifier, of any layout; [C, D] as theirs, [D, C] as ours."""
-
-_COMMON_CONSTANTS = (
-    Constant("quantization_config", (None,)),
-    Constant("is_encoder_decoder", (None, False)),
-    Constant("add_cross_attention", (None, False)),
-    Constant("pruned_heads", (None, {})),
-)
-
-_QKV = tuple(f"blocks/attention/{name}/" for name in "qkv")
-
-GPT2 = Layout(
-    model_type="gpt2",
-    architecture="GPT2LMHeadModel",
-    prefix="transformer.",
-    fixed={"positions": "learned", "norm": "layernorm", "biases": True},
-    entries=(
-        Entry(("vocab_size",), "vocabulary_size", int),
-        Entry(("n_positions",), "max_length", int),
-        Entry(("n_layer",), "layers", int),
-        Entry(("n_embd",), "width", int),
-        Entry(("n_head",), "heads", int),
-        Entry(("n_inner",), "ffn_width", int, None),
-        Entry(
-            ("activation_function",),
-            "activation",
-            str,
-            "gelu_new",
-            {
-                "gelu_new": "gelu",
-                "gelu_pytorch_tanh": "gelu",
-                "gelu_fast": "gelu",
-                "gelu": "gelu_exact",
-                "relu2": "relu_squared",
-            },
-        ),
-        Entry(("layer_norm_epsilon",), "norm_epsilon", float, 1e-5),
-        Entry(("initializer_range",), "init_std", float, 0.02),
-        Entry(("resid_pdrop",), "dropout", float, 0.1),
-        Entry(("embd_pdrop",), "dropout", float, 0.1),
-        Entry(("attn_pdrop",), "dropout", float, 0.1),
-        Entry(("tie_word_embeddings",), "tied_head", bool, True),
-    ),
-    constants=(
-        Constant("scale_attn_weights", (True,)),
-        Constant("scale_attn_by_inverse_layer_idx", (False,)),
-        Constant("reorder_and_upcast_attn", (False,)),
-        *_COMMON_CONSTANTS,
-    ),
-    # Its linear layers are "Conv1D": kernels [in, out] as ours.
-    tensors=(
-        Tensor("wte.weight", ("token_embedding/embedding",)),
-        Tensor("wpe.weight", ("position_embedding/embedding",)),
-        Tensor("h.{}.ln_1.weight", ("blocks/attention_norm/scale",)),
-        Tensor("h.{}.ln_1.bias", ("blocks/attention_norm/bias",)),
-        Tensor("h.{}.attn.c_attn.weight", tuple(path + "kernel" for path in _QKV)),
-        Tensor("h.{}.attn.c_attn.bias", tuple(path + "bias" for path in _QKV)),
-        Tensor("h.{}.attn.c_proj.weight", ("blocks/attention/o/kernel",)),
-        Tensor("h.{}.attn.c_proj.bias", ("blocks/attention/o/bias",)),
-        Tensor("h.{}.ln_2.weight", ("blocks/mlp_norm/scale",)),
-        Tensor("h.{}.ln_2.bias", ("blocks/mlp_norm/bias",)),
-        Tensor("h.{}.mlp.c_fc.weight", ("blocks/mlp/up/kernel",)),
-        Tensor("h.{}.mlp.c_fc.bias", ("blocks/mlp/up/bias",)),
-        Tensor("h.{}.mlp.c_proj.weight", ("blocks/mlp/down/kernel",)),
-        Tensor("h.{}.mlp.c_proj.bias", ("blocks/mlp/down/bias",)),
-        Tensor("ln_f.weight", ("final_norm/scale",)),
-        Tensor("ln_f.bias", ("final_norm/bias",)),
-        Tensor(HEAD, ("head/kernel",), transposed=True),
-    ),
-    stray=r"h\.\d+\.attn\.(masked_)?bias",  # causal masks
-)
-
-_LLAMA_LINEAR = {
-    "self_attn.q_proj": "blocks/attention/q",
-    "self_attn.k_proj": "blocks/attention/k",
-    "self_attn.v_proj": "blocks/attention/v",
-    "self_attn.o_proj": "blocks/attention/o",
-    "mlp.gate_proj": "blocks/mlp/gate",
-    "mlp.up_proj": "blocks/mlp/up",
-    "mlp.down_proj": "blocks/mlp/down",
-}
-
-LLAMA = Layout(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    prefix="model.",
-    fixed={"positions": "rotary", "norm": "rmsnorm"},
-    entries=(
-        Entry(("vocab_size",), "vocabulary_size", int),
-        Entry(("max_position_embeddings",), "max_length", int, 2048),
-        Entry(("num_hidden_layers",), "layers", int),
-        Entry(("hidden_size",), "width", int),
-        Entry(("num_attention_heads",), "heads", int),
-        Entry(("num_key_value_heads",), "kv_heads", int, None),
-        Entry(("head_dim",), "head_width", int, None),
-        Entry(("intermediate_size",), "ffn_width", int),
-        Entry(("hidden_act",), "activation", str, "silu", {"silu": "swiglu", "swish": "swiglu"}),
-        Entry(("rms_norm_eps",), "norm_epsilon", float, 1e-6),
-        # transformers 5 keeps it in `rope_parameters`, 4 beside.
-        Entry(("rope_parameters.rope_theta", "rope_theta"), "rotary_base", float, 10_000.0),
-        Entry(("initializer_range",), "init_std", float, 0.02),
-        Entry(("attention_bias",), "biases", bool, False),
-        Entry(("mlp_bias",), "biases", bool, False),
-        Entry(("tie_word_embeddings",), "tied_head", bool, False),
-    ),
-    constants=(
-        Constant("attention_dropout", (0.0,), training_only=True),
-        Constant("rope_parameters.rope_type", ("default",)),
-        Constant("rope_parameters.type", (None, "default")),
-        Constant("rope_parameters.factor", (None, 1.0)),
-        Constant("rope_parameters.partial_rotary_factor", (None, 1.0)),
-        Constant("rope_scaling.rope_type", (None, "default")),
-        Constant("rope_scaling.type", (None, "default")),
-        Constant("rope_scaling.factor", (None, 1.0)),
-        Constant("rope_scaling.rope_theta", (None,)),
-        Constant("partial_rotary_factor", (None, 1.0)),
-        *_COMMON_CONSTANTS,
-    ),
-    tensors=(
-        Tensor("embed_tokens.weight", ("token_embedding/embedding",)),
-        Tensor("layers.{}.input_layernorm.weight", ("blocks/attention_norm/scale",)),
-        Tensor("layers.{}.post_attention_layernorm.weight", ("blocks/mlp_norm/scale",)),
-        *(
-            Tensor(f"layers.{{}}.{theirs}.weight", (f"{ours}/kernel",), transposed=True)
-            for theirs, ours in _LLAMA_LINEAR.items()
-        ),
-        *(
-            Tensor(f"layers.{{}}.{theirs}.bias", (f"{ours}/bias",))
-            for theirs, ours in _LLAMA_LINEAR.items()
-        ),
-        Tensor("norm.weight", ("final_norm/scale",)),
-        Tensor(HEAD, ("head/kernel",), transposed=True),
-    ),
-    stray=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-)
-
-LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (GPT2, LLAMA)}
 
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
@@ -282,3 +156,13 @@ def stored_shapes(
 def full_key(key: str, layout: Layout) -> str:
     """The key as it is written: all but the heads belong to the base model."""
     return key if key in (HEAD, SCORE.key) else layout.prefix + key
+
+
+def exchange_halves(values: np.ndarray, head_width: int) -> np.ndarray:
+    """Returns values with the halves of each head in the other order; heads lie on the last axis.
+
+    >>> exchange_halves(np.arange(8), 4).tolist()
+    [2, 3, 0, 1, 6, 7, 4, 5]
+    """
+    halves = values.reshape(*values.shape[:-1], -1, 2, head_width // 2)
+    return halves[..., ::-1, :].reshape(values.shape)

@@ -12,7 +12,7 @@ from model.linear import along_last, at_least_float32, weight
 
 
 class Norm(nn.Module):
-    """Normalises the last axis of x [..., D], then scales it (and shifts it, if biased).
+    """Normalises the last axis of x [..., D], then scales it, if scaled, and shifts it, if biased.
 
     LayerNorm: `scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias` (Ba et al. 2016,
     arXiv:1607.06450). RMSNorm: `scale * x / sqrt(mean(x^2) + epsilon)` (Zhang & Sennrich 2019,
@@ -23,17 +23,19 @@ class Norm(nn.Module):
     epsilon: float
     biases: bool
     parameter_dtype: Any
+    scaled: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = (x.shape[-1],)
-        scale = weight(self, "scale", nn.initializers.ones_init(), width, self.parameter_dtype)
         dtype = at_least_float32(x.dtype)
         y = x.astype(dtype)
         if self.kind == "layernorm":
             y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        y = y * along_last(scale, y)
+        if self.scaled:
+            ones = nn.initializers.ones_init()
+            y = y * along_last(weight(self, "scale", ones, width, self.parameter_dtype), y)
         if self.biases and self.kind == "layernorm":
             zeros = nn.initializers.zeros_init()
             y = y + along_last(weight(self, "bias", zeros, width, self.parameter_dtype), y)

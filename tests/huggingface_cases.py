@@ -9,7 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from model import huggingface
 from model.flops import abstract_params
-from model.presets import gpt2_tiny, llama_tiny
+from model.presets import gpt2_tiny, llama_tiny, modern_tiny
+
+NANOCHAT = {"norm_scale": False, "embedding_norm": True, "zero_init_projections": False}
+"""What nanochat's block has beside those of `modern_tiny`, as far as a format holds it."""
 
 CONFIGS = {
     "gpt2": gpt2_tiny(),
@@ -19,6 +22,12 @@ CONFIGS = {
     "llama": llama_tiny(norm_epsilon=1e-6, max_length=77),
     "llama tied, wide heads": llama_tiny(tied_head=True, head_width=16, rotary_base=500.0),
     "llama biases, all heads": llama_tiny(biases=True, kv_heads=None, layers=3),
+    "qwen3": llama_tiny(qk_norm=True, norm_epsilon=1e-6, rotary_base=500.0),
+    "qwen3 tied, wide heads": llama_tiny(qk_norm=True, tied_head=True, head_width=16),
+    "nanochat": modern_tiny(**NANOCHAT, kv_heads=2, norm_epsilon=1e-6, rotary_base=500.0),
+    "nanochat tied, wide heads, no cap": modern_tiny(
+        **NANOCHAT, tied_head=True, head_width=16, logit_softcap=None, activation="gelu"
+    ),
 }
 
 

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import pytest
 
-from experiments.ablate import compress_gpt2, compress_runtimes, compress_sizes
+from compress.probe import time_interleaved
+from experiments.ablate import compress_costs, compress_gpt2, compress_runtimes, compress_sizes
 from experiments.ablate.random_weights import random_weights
 from experiments.ablate.tables import Request, Results
+from experiments.distill_cached import Kept
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
+from train.settings import Phase
 
 CONFIG = gpt2_tiny(dropout=0.0, width=64, vocabulary_size=96)
 REQUEST = Request()
@@ -115,7 +119,35 @@ def test_costs_are_of_the_method_asked_for():
         assert found["wall"] > 0
     values = {"wall": 60.0, "peak": 9 * 2**30, "before": 2**30}
     lines = compress_gpt2.render(Results({"GPTQ q4_0": {0: values}}))
-    assert rows(lines, "GPTQ q4_0")[2:6] == ["1.0", "9.00", "1.00", "30 min, 8 GiB: no"]
+    assert rows(lines, "GPTQ q4_0")[2:6] == [
+        "1.0",
+        "9.00",
+        "1.00",
+        "30 min, 8 GiB: no, GiB are 1.12x",
+    ]
+
+
+def test_a_cache_is_timed_without_compiling(monkeypatch, compilations):
+    model, params = Transformer(CONFIG), random_weights(CONFIG)
+    phase = Phase(1, CONFIG, batch_size=2, sequence_length=8)
+    timed, clock = [], time.perf_counter
+
+    def times(calls, repeats):
+        (call,) = calls.values()
+        call()
+        before = dict(compilations)
+        found = time_interleaved(calls, repeats)
+        timed.append(before == dict(compilations))
+        return found
+
+    monkeypatch.setattr(compress_costs, "time_interleaved", times)
+    look_up, write = compress_costs.cache_costs(model, params, Kept(k=4), phase, 2)
+    assert timed == [True, True]
+    assert 0 < look_up < clock()
+    assert write > 0
+    compilations.clear()
+    assert compress_costs.shrink_costs(CONFIG, phase, 3) > 0
+    assert timed == [True, True, True]
 
 
 @pytest.mark.slow

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compress.distill_features import LAYER_MAPS
 from compress.lowrank import LowRank
+from compress.students import spread_layers
 from experiments.ablate import base, compress_distil, compress_structured, compress_training, steps
 from experiments.ablate.compress_students import KINDS, folder_of, student
 from experiments.ablate.tables import Gathered, Request, Results, complete
@@ -107,6 +109,7 @@ def test_distillation_runs_from_its_teacher_and_its_layers(tiny):
     assert list(results.by_name) == chosen
     text = "\n".join(table.render(results))
     assert "-3.69" in text
+    assert "its cosine of hidden states is that of the last ones, ours the mean" in text
     assert "one seed" in text
 
 
@@ -141,6 +144,15 @@ def test_training_reads_its_costs_and_curves(tiny):
     assert table.picture(results) is not None
 
 
+def test_what_is_said_of_the_distilled_layers_is_so():
+    teacher = base.SIZE.layers
+    kept = spread_layers(teacher, teacher // 2)
+    assert f"{kept[0]} and {kept[1]} of four" in compress_distil.__doc__
+    assert teacher == 4
+    pairs = LAYER_MAPS[compress_distil.WHOLE.layers](teacher // 2, teacher)
+    assert pairs == ((1, 2), (2, 4))  # the first against the second, the last against the last
+
+
 def loss_rows(*pairs):
     return [{"step": step, "loss": loss} for step, loss in pairs]
 
@@ -168,17 +180,21 @@ def test_seconds_count_what_is_shrunk_and_what_comes_before(monkeypatch):
         },
         "look-up": 0.25,
         "cache": 0.125,
+        "shrink": 3.0,
     }
     monkeypatch.setattr(compress_training, "SHRINK_AT", 8)
     monkeypatch.setattr(compress_training, "TEACHER_STEPS", 16)
     monkeypatch.setattr(compress_training, "MOST", 32)
-    to, before = compress_training.seconds_to, compress_training.before
+    to, besides = compress_training.seconds_to, compress_training.besides
     assert to(4, "progressive shrinking", costs) == 4
     assert to(12, "progressive shrinking", costs) == 8 + 2
     assert to(10, "taught by it, cached", costs) == 15
-    assert before("dense", costs) == 0
-    assert before("taught by it, online", costs) == 4
-    assert before("taught by it, cached", costs) == 4 + 4
+    assert besides("dense", costs) == 0
+    assert besides("taught by it, online", costs) == 4
+    assert besides("taught by it, cached", costs) == 4 + 4
+    assert besides("progressive shrinking", costs) == 3
+    assert besides("progressive shrinking", costs, 8.0) == 0  # it has not shrunk yet
+    assert besides("progressive shrinking", costs, 8.5) == 3
 
 
 def test_the_training_table_pairs_seeds_and_says_what_was_not_reached(monkeypatch):
@@ -194,7 +210,7 @@ def test_the_training_table_pairs_seeds_and_says_what_was_not_reached(monkeypatc
     step = {"seconds": 1.0, "ratio": 1.0, "quartiles": [1.0, 1.0]}
     slower = {"seconds": 2.0, "ratio": 2.0, "quartiles": [2.0, 2.0]}
     by_row = dict.fromkeys(curves, slower) | {"dense": step, "smaller teacher": step}
-    costs = {"steps": by_row, "look-up": 0, "cache": 0}
+    costs = {"steps": by_row, "look-up": 0, "cache": 0, "shrink": 0}
     by_name = {
         name: {seed: {"evaluations": rows} for seed, rows in seeds.items()}
         for name, seeds in curves.items()

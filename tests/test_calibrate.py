@@ -7,8 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.calibrate import embed, sequential, statistics_of, windows
+from compress import awq, calibrate
+from compress.awq import awq_params
+from compress.calibrate import observe, sequential, windows
+from compress.gptq import gptq_params
+from compress.lowrank_params import compensate_on, factorize_on
+from compress.observed import embed, look_at_layer, observe_layer, statistics_of
 from compress.quantize import quantize_params
+from compress.smoothquant import smooth_params
+from compress.sparsegpt import sparsegpt_params
+from compress.structured_importance import by_activation
+from compress.w8a8 import activation_ranges
+from compress.wanda import wanda
 from model.flops import abstract_params
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer, features
@@ -136,6 +146,108 @@ def test_quantized_models_are_observed_too():
     np.testing.assert_allclose(out.head["square_sum"], plain.head["square_sum"], rtol=0.1)
 
 
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_what_is_observed_in_one_pass_is_what_two_passes_find(name):
+    model, params = MODELS[name], params_of(name)
+    seen = []
+    names = ("hessian", "low", "tokens")
+    out = sequential(model, params, BATCHES, names, lambda n, la, s: (seen.append(s), la)[1])
+    found = observe(model, params, BATCHES, names)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+    jax.tree.map(same, found.layers, seen)
+    jax.tree.map(same, found.head, out.head)
+    some = ("attention/o/kernel", "mlp/up/kernel")
+    fewer = observe(model, params, BATCHES, names, kernels=some)
+    assert all(sorted(layer) == sorted(some) for layer in fewer.layers)
+    jax.tree.map(same, fewer.layers, [{path: s[path] for path in some} for s in seen])
+    other = []
+    sequential(
+        model, params, BATCHES, names, lambda n, la, s: (other.append(s), la)[1], kernels=some
+    )
+    jax.tree.map(same, other, fewer.layers)
+
+
+def test_what_nobody_asks_for_is_not_computed():
+    model, params = MODELS["gpt2"], params_of("gpt2")
+    layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+    x_BTD = jnp.ones((2, 12, 32))
+
+    def products(look, kernels):
+        call = jax.jit(lambda layer, x: look(model, layer, x, None, ("hessian",), kernels))
+        return call.lower(layer, x_BTD).compile().as_text().count(" dot(")
+
+    paths = tuple(f"attention/{name}/kernel" for name in "qkvo")
+    every = (*paths, "mlp/up/kernel", "mlp/down/kernel")
+    # Only the stream needs what `down` gives.
+    assert products(look_at_layer, every) == products(observe_layer, every) - 1
+    assert products(look_at_layer, paths[:1]) == 1
+
+
+def test_who_replaces_nothing_takes_one_pass(monkeypatch):
+    model, params = MODELS["gpt2"], params_of("gpt2")
+    for name in ("_run", "_look"):
+        monkeypatch.setattr(calibrate, name, _never)
+    assert by_activation(model, params, BATCHES, "neurons").shape == (2, 128)
+    assert len(activation_ranges(model, params, BATCHES)) == 7
+
+
+def test_awq_asks_for_no_hessian_that_it_does_not_use(monkeypatch):
+    asked = []
+
+    def fake(model, params, batches, names, one, *, kernels):
+        asked.append(list(kernels))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(awq, "sequential", fake)
+    wanted = {"gpt2": ["q", "up", "o"], "llama": ["q", "up", "down"]}
+    for name, kernels in wanted.items():
+        with pytest.raises(KeyboardInterrupt):
+            awq_params(MODELS[name], params_of(name), BATCHES, [("kernel", "q4_0")])
+        assert [path.split("/")[1] for path in asked[-1]] == kernels
+
+
+BLOCKS = "blocks/.*/kernel"
+CALIBRATED = {
+    "wanda": lambda model, params: wanda(model, params, BATCHES, 0.5),
+    "smoothquant": lambda model, params: smooth_params(model, params, BATCHES),
+    "gptq": lambda model, params: gptq_params(model, params, BATCHES, [(BLOCKS, "q4_0")]),
+    "awq": lambda model, params: awq_params(model, params, BATCHES, [(BLOCKS, "q4_0")]),
+    "sparsegpt": lambda model, params: sparsegpt_params(model, params, BATCHES, [(BLOCKS, 0.5)]),
+    "factorized": lambda model, params: factorize_on(model, params, BATCHES, [(BLOCKS, 2)]),
+    "compensated": lambda model, params: compensate_on(
+        model, params, params_of("gpt2"), BATCHES, [(BLOCKS, 2)]
+    ),
+    "importance": lambda model, params: by_activation(model, params, BATCHES, "groups"),
+    "ranges": lambda model, params: activation_ranges(model, params, BATCHES),
+}
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_weights_that_are_not_finite_are_named_before_anything_runs(method, monkeypatch):
+    params = params_of("gpt2")
+    up = params["blocks"]["mlp"]["up"]
+    up = {**up, "kernel": up["kernel"].at[1, 0, 0].set(jnp.nan)}  # of the second layer
+    mlp = {**params["blocks"]["mlp"], "up": up}
+    broken = {**params, "blocks": {**params["blocks"], "mlp": mlp}}
+    for name in ("_embed", "_run", "_look", "_observe"):
+        monkeypatch.setattr(calibrate, name, _never)
+    with pytest.raises(ValueError, match=r"blocks/mlp/up/kernel'? holds NaN or infinity"):
+        CALIBRATED[method](MODELS["gpt2"], broken)
+
+
+@pytest.mark.parametrize("method", ["wanda", "ranges"])
+def test_tokens_outside_of_the_vocabulary_are_refused(method, monkeypatch):
+    monkeypatch.setattr(calibrate, "_embed", _never)
+    for ids, said in (([[1, 64]], "1 to 64"), ([[-1, 3]], "-1 to 3")):
+        monkeypatch.setitem(globals(), "BATCHES", [np.array(ids)])
+        with pytest.raises(ValueError, match=f"token ids {said}, but the vocabulary has 0 to 63"):
+            CALIBRATED[method](MODELS["gpt2"], params_of("gpt2"))
+
+
+def _never(*args):
+    raise AssertionError("this is too late")
+
+
 def test_bad_input():
     model, params = MODELS["gpt2"], params_of("gpt2")
     cases = [
@@ -148,6 +260,11 @@ def test_bad_input():
             lambda: sequential(model, params, BATCHES, ("low",), keep, stages=[["mlp/x"]]),
             "no kernel .*mlp/x",
         ),
+        (
+            lambda: sequential(model, params, BATCHES, ("low",), keep, kernels=["mlp/x"]),
+            "no kernel .*mlp/x",
+        ),
+        (lambda: observe(model, params, BATCHES, ("low",), kernels=["mlp/x"]), "no kernel .*mlp/x"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -143,7 +143,9 @@ WHOLE = [
         for j, taught in enumerate(("on_policy", "cached"))
     ),
 ]
-WHOLE = [case for case in WHOLE if case not in PAIRWISE]
+# Everything at once, on every mesh.
+WHOLE += [("prune_and_fake_int8", "taught", mesh) for mesh in MESHES]
+WHOLE = [case for case in dict.fromkeys(WHOLE) if case not in PAIRWISE]
 
 
 @pytest.mark.parametrize(("method", "taught", "mesh"), PAIRWISE)

@@ -38,6 +38,9 @@ def home(tmp_path_factory):
     make_run(folder / "run", gpt2_tiny(), tokenizer)
     make_run(folder / "llama", llama_tiny(), tokenizer)
     make_run(folder / "odd", gpt2_tiny(width=36, heads=4), tokenizer)
+    make_run(folder / "one", gpt2_tiny(layers=1), tokenizer)
+    make_run(folder / "narrow", gpt2_tiny(width=34, heads=2), tokenizer)
+    make_run(folder / "capped", gpt2_tiny(logit_softcap=15.0), tokenizer)
     make_run(folder / "nan", gpt2_tiny(), tokenizer)
     run = open_run(folder / "nan")
     norm = {**run.params["final_norm"], "scale": jnp.full(32, jnp.nan)}
@@ -90,7 +93,7 @@ def test_settings_are_refused_before_the_run_is_opened(case, home, monkeypatch, 
 
 RUNS = {
     "nothing": ("run", [], "neither of --run and --hf"),
-    "NaN": ("nan", ["--run"], r"final_norm/scale of .*nan holds NaN or infinity"),
+    "NaN": ("nan", ["--run"], r"final_norm/scale of .*nan holds NaN or infinity; .* --step"),
     "no such run": ("none", ["--run"], "is no run"),
     "no such step": ("run", ["--run", "--step", 7], "7"),
 }
@@ -106,13 +109,17 @@ def test_runs_are_refused_before_text_is_read(case, home, monkeypatch):
         call(compress, monkeypatch, "--method", "rtn", *given, *words, "--out", home / "out")
 
 
-GROUPS = "groups of 32 do not divide a contraction axis of 36 weights; choose a format by channel"
+GROUPS = "groups of 32 do not divide a contraction axis of 36 weights; .* by channel, as int8"
+FOURS = "blocks/.*/kernel': groups along the contraction axis of 4 do not divide the 34"
 FITS = {
     "groups": ("odd", ["rtn", "--method.format", "q4_0"], f"blocks/.*: {GROUPS}"),
     "groups, GPTQ": ("odd", ["gptq"], GROUPS),
     "groups, AWQ": ("odd", ["awq"], GROUPS),
     "groups, SparseGPT": ("odd", ["sparsegpt", "--method.format", "q4_0"], GROUPS),
     "groups, compensated": ("odd", ["compensated", "--method.rank", "2"], GROUPS),
+    "two of four": ("narrow", ["magnitude", "--method.pattern", "2:4"], FOURS),
+    "two of four, Wanda": ("narrow", ["wanda", "--method.pattern", "2:4"], FOURS),
+    "two of four, SparseGPT": ("narrow", ["sparsegpt", "--method.pattern", "2:4"], FOURS),
     "no positions": (
         "llama",
         ["rtn", "--method.positions", "int8"],
@@ -120,6 +127,13 @@ FITS = {
     ),
     "all parts": ("run", ["structured"], "nothing is to be removed; say how many layers, width"),
     "no part": ("run", ["structured", "--method.neurons", "0"], "0 neurons cannot be kept"),
+    "all parts, Minitron": ("run", ["minitron"], "nothing is to be removed; say how many layers"),
+    "too many": (
+        "run",
+        ["minitron", "--method.layers", "3"],
+        "3 layers cannot be kept: there are 2",
+    ),
+    "no half": ("one", ["distilgpt2"], "a teacher of one layer has no half"),
     "rank": ("run", ["lowrank", "--method.rank", "33"], "rank"),
     "rank, compensated": ("run", ["compensated", "--method.rank", "33"], "rank"),
     "alpha": ("run", ["smoothquant", "--method.alpha", "1.5"], "alpha is 1.5"),
@@ -131,7 +145,7 @@ FITS = {
 @pytest.mark.parametrize("case", FITS)
 def test_shapes_are_refused_before_anything_is_computed(case, home, monkeypatch):
     name, words, message = FITS[case]
-    for step in ("_embed", "_observe", "_run"):
+    for step in ("_embed", "_observe", "_look", "_run"):
         monkeypatch.setattr(calibrate, step, _never)
     source = ["--calibration", home / "text.txt", "--windows", 4]
     with pytest.raises(ValueError, match=message):
@@ -159,7 +173,22 @@ def test_text_that_is_too_short_is_refused_with_both_lengths(home, monkeypatch):
 
 
 EXPORTS = {
-    "llama": ("llama", ["onnx"], "ONNX is written for GPT-2's kind of block alone; StableHLO"),
+    "llama": (
+        "llama",
+        ["onnx"],
+        r"ONNX is written for GPT-2's kind of block alone, and positions is 'rotary' and must be "
+        r"'learned'; .*\. The native and the StableHLO format hold any model$",
+    ),
+    "capped": (
+        "capped",
+        ["huggingface"],
+        r"no Hugging Face format holds this config: .*logit_softcap=15.0.*"
+        r"\. The native and the StableHLO format hold any model$",
+    ),
+    **{
+        f"NaN, {format}": ("nan", [format], r"final_norm/scale of .*nan holds NaN .* --step")
+        for format in ("native", "gguf", "stablehlo", "onnx", "huggingface")
+    },
     "36 wide": ("odd", ["native", "--dtype", "float16"], "the format native has no dtype"),
     "length": ("run", ["gguf", "--length", "4"], "the format gguf has no length"),
 }

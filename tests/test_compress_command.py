@@ -1,6 +1,7 @@
 """`python -m experiments.compress`: every method on one tiny run, and what it refuses."""
 
 import json
+import re
 import sys
 
 import jax
@@ -11,14 +12,18 @@ import pytest
 from compress.calibrate import windows
 from compress.gptq import gptq_params
 from compress.quantize import is_qtensor, weight_rules
+from compress.structured_importance import by_activation
+from compress.students import distilgpt2_style, minitron_style
 from compress.w8a8 import W8A8
-from experiments import compress, evaluate, generate
+from experiments import compress, evaluate, generate, pretrain
 from experiments.compress import Compress, calibration_windows, run_command
 from experiments.compressors import (
     AWQ,
     COMPRESSORS,
     GPTQ,
+    DistilGPT2Style,
     Magnitude,
+    MinitronStyle,
     RoundToNearest,
     SmoothQuant,
     SparseGPT,
@@ -142,6 +147,36 @@ def test_structured(tmp_path, home, importance):
 
 
 @pytest.mark.slow
+def test_the_two_presets_are_those_of_the_library(tmp_path, home, dense):
+    config, params = distilgpt2_style(dense.model.config, dense.params)
+    run = do(home, tmp_path / "distil", DistilGPT2Style())
+    assert (run.model.config, run.model.config.layers) == (config, 1)
+    assert_same(run.params, params)
+    corpus = build_corpus(open_source(str(home / "text.txt")), dense.tokenizer)
+    batches = calibration_windows(corpus.split("train").tokens, length=16, count=4, batch=8)
+    keep = {"neurons": 64, "groups": 2, "layers": 1}
+    importance = {p: by_activation(dense.model, dense.params, batches, p) for p in keep}
+    config, params = minitron_style(dense.model.config, dense.params, importance, keep)
+    run = do(home, tmp_path / "minitron", MinitronStyle(**keep))
+    assert run.model.config == config
+    assert_same(run.params, params)
+    result = json.loads((tmp_path / "minitron" / "result.json").read_text())
+    assert (result["method"], result["neurons"]) == ("minitron", 64)
+
+
+def test_help_sends_to_where_models_train(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compress", "--help"])
+    with pytest.raises(SystemExit):
+        compress.main()
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert "takes training (quantization-aware training, gradual and sparse training" in said
+    assert "experiments.pretrain --from-run" in said
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--help"])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "--from-run" in capsys.readouterr().out
+
+
 def test_a_folder_is_compressed_and_the_commands_open_it(tmp_path, home, monkeypatch, capsys):
     to_huggingface(home / "run", tmp_path / "hf")
     words = ["--hf", tmp_path / "hf", "--tokenizer", "bytes", "--method", "rtn", "--windows", "4"]

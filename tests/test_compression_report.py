@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compress.lowrank_params import compensate_params, factorize_params
 from compress.quantize import quantize_params, weight_rules
 from compress.w8a8 import integer_products
 from experiments import compression_quality, compression_report
@@ -17,8 +18,9 @@ from experiments.compress import Compress, run_command
 from experiments.compression_quality import before_head, quality
 from experiments.compression_report import report, sizes, table
 from experiments.compression_timings import timings
-from experiments.compressors import Magnitude, RoundToNearest
+from experiments.compressors import LowRankFactors, Magnitude, RoundToNearest
 from experiments.run import open_run
+from model.flops import flops_per_token
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
 from tests.compiled import logits_of
@@ -147,6 +149,34 @@ def test_the_audit_tells_integer_products_from_float_ones():
     if jax.default_backend() == "cpu":  # XLA:CPU has no product of packed numbers
         assert found.float_copies >= kernels
         assert found.float_copy_bytes >= 4 * 2 * 32 * (32 + 16 + 16 + 32 + 3 * 96)
+
+
+def test_flops_are_those_of_the_factors():
+    """Against a count of every product that one token takes."""
+    config = gpt2_tiny()
+    params = drawn(config, 0, 0.1)
+    plain = compression_report.flops_of(config, params, 16)
+    assert plain == flops_per_token(config, 16)
+    rank, kernels = 4, [(32, 32)] * 4 + [(32, 128), (128, 32)]
+    full = sum(2 * i * o for i, o in kernels)
+    thin = sum(2 * rank * (i + o) for i, o in kernels)
+    low = factorize_params(params, [("blocks/.*/kernel", rank)])
+    assert compression_report.flops_of(config, low, 16) == plain + 2 * (thin - full)
+    small = quantize_params(params, [("blocks/.*/kernel", "int8")])
+    both = compensate_params(params, small, [("blocks/.*/kernel", rank)])
+    assert compression_report.flops_of(config, both, 16) == plain + 2 * thin
+    head = factorize_params(params, [("embedding", rank)])  # read by row, and multiplied with once
+    table = 2 * rank * (64 + 32) - 2 * 64 * 32
+    assert compression_report.flops_of(config, head, 16) == plain + table
+
+
+@pytest.mark.slow
+def test_a_report_of_factors_counts_them(home, split):
+    source = str(home / "text.txt")
+    settings = {"run": home / "run", "calibration": source, "windows": 2, "repeats": 0}
+    run_command(Compress(LowRankFactors(rank=2), out=home / "low", **settings))
+    found = json.loads((home / "low" / "report.json").read_text())
+    assert found["after"]["FLOPs per token"] < 0.9 * found["before"]["FLOPs per token"]
 
 
 def test_the_audit_reads_programs():

@@ -16,7 +16,7 @@ from compress.rounding import quantize
 from compress.smoothquant import smooth_params
 from compress.w8a8 import Activation, integer_products
 from model.flops import abstract_params
-from model.presets import gpt2_tiny, llama_tiny
+from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -52,6 +52,11 @@ def logits(model, params):
 
 def error(model, params, other):
     return float(jnp.square(logits(model, params) - logits(model, other)).mean())
+
+
+def test_norms_without_scales_are_refused():
+    with pytest.raises(ValueError, match="norm_scale is False"):
+        sites_of(modern_tiny(norm_scale=False))
 
 
 @pytest.mark.parametrize("preset", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])

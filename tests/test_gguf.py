@@ -25,6 +25,8 @@ CONFIGS = {
     "gpt2 untied": gpt2_tiny(tied_head=False, ffn_width=96),
     "llama": llama_tiny(),
     "llama wide heads": llama_tiny(head_width=16, tied_head=True),
+    "qwen3": llama_tiny(qk_norm=True, rotary_base=500.0),
+    "qwen3 tied": llama_tiny(qk_norm=True, tied_head=True, head_width=16),
 }
 
 
@@ -57,13 +59,14 @@ def attend(q, k, v):
     return y.transpose(1, 0, 2).reshape(q.shape[1], -1)
 
 
-def turn(x, base):
-    """Neighbours (2i, 2i + 1) of a head turn together, as llama.cpp does for arch llama."""
+def turn(x, base, arch):
+    """What of a head turns together in llama.cpp: neighbours (2i, 2i + 1) for llama, which is its
+    LLAMA_ROPE_TYPE_NORM, and (i, i + K/2) for qwen3, LLAMA_ROPE_TYPE_NEOX."""
     T, K = x.shape[-2:]
     angle = np.arange(T)[:, None] * base ** (-np.arange(0, K, 2) / K)
-    a, b = x[..., 0::2], x[..., 1::2]
+    a, b = (x[..., 0::2], x[..., 1::2]) if arch == "llama" else np.split(x, 2, axis=-1)
     pair = (a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle))
-    return np.stack(pair, axis=-1).reshape(x.shape)
+    return np.stack(pair, axis=-1 if arch == "llama" else -2).reshape(x.shape)
 
 
 def run_file(path, ids):
@@ -80,7 +83,7 @@ def run_file(path, ids):
         of = lambda name, y: y @ w[f"{name}.weight"].T + w[f"{name}.bias"]
         normed = lambda name, y: layer_norm(y, w[f"{name}.weight"], w[f"{name}.bias"], epsilon)
     else:
-        epsilon = f["llama.attention.layer_norm_rms_epsilon"]
+        epsilon = f[f"{arch}.attention.layer_norm_rms_epsilon"]
         of = lambda name, y: y @ w[f"{name}.weight"].T
         normed = lambda name, y: rms_norm(y, w[f"{name}.weight"], epsilon)
     for i in range(f[f"{arch}.block_count"]):
@@ -88,12 +91,14 @@ def run_file(path, ids):
         if arch == "gpt2":
             q, k, v = (split(y, heads) for y in np.split(of(f"blk.{i}.attn_qkv", h), 3, axis=-1))
         else:
-            kv, base = f["llama.attention.head_count_kv"], f["llama.rope.freq_base"]
+            kv, base = f[f"{arch}.attention.head_count_kv"], f[f"{arch}.rope.freq_base"]
             q, k, v = (
                 split(of(f"blk.{i}.attn_{name}", h), n)
                 for name, n in (("q", heads), ("k", kv), ("v", kv))
             )
-            q, k = turn(q, base), turn(k, base)
+            if arch == "qwen3":
+                q, k = normed(f"blk.{i}.attn_q_norm", q), normed(f"blk.{i}.attn_k_norm", k)
+            q, k = turn(q, base, arch), turn(k, base, arch)
         x = x + of(f"blk.{i}.attn_output", attend(q, k, v))
         h = normed(f"blk.{i}.ffn_norm", x)
         up = of(f"blk.{i}.ffn_up", h)
@@ -106,9 +111,25 @@ def run_file(path, ids):
     return normed("output_norm", x) @ w.get("output.weight", w["token_embd.weight"]).T
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen3"])
+def test_names_are_those_that_the_architecture_has(tmp_path, arch):
+    """As the gguf package lists them for llama.cpp, and what it lists is there."""
+    config = next(c for c in CONFIGS.values() if architecture_of(c) == arch)
+    config = dataclasses.replace(config, tied_head=False)
+    write_gguf(tmp_path / "a.gguf", config, drawn(config))
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = [gguf.TENSOR_NAMES[each] for each in gguf.MODEL_TENSORS[kinds[arch]]]
+    known = {name.format(bid=i) for name in known for i in range(config.layers)}
+    found = {t.name.rpartition(".")[0] for t in fields_of(tmp_path / "a.gguf")[1]}
+    assert found <= known
+    left_out = {name.rpartition(".")[-1] for name in known - found}
+    # What Llama's list has besides is of models of experts, and Qwen3's of longer rotations.
+    assert not left_out & {"attn_q_norm", "attn_k_norm", "output_norm", "output", "ffn_gate"}
+
+
 @pytest.mark.variants(6)
-@pytest.mark.parametrize("format", [None, "q8_0", "q4_0", "q4_1"])
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("format", [None, "q8_0", "q4_0", "q4_1"])
 def test_the_file_is_the_model(tmp_path, name, format):
     """Logits of the file, computed in NumPy by llama.cpp's conventions, are ours."""
     config = CONFIGS[name]
@@ -209,7 +230,9 @@ def test_what_it_does_not_hold(tmp_path):
         (config, integer_products(q), "is a W8A8"),
         (config, mixed, "are one tensor"),
         (config, {**plain, "adapter": {"kernel": jnp.ones((2, 2))}}, "no place for adapter/kernel"),
-        (modern_tiny(), plain, "activation is 'relu_squared'.*qk_norm is True"),
+        (modern_tiny(), plain, "as qwen3: activation is 'relu_squared'.*logit_softcap is 15.0"),
+        (llama_tiny(norm_scale=False), plain, "norm_scale is False and must be True"),
+        (gpt2_tiny(qk_norm=True), plain, "none of gpt2, llama, qwen3; as gpt2: qk_norm is True"),
         (dataclasses.replace(config, window=4), plain, "window is 4 and must be None"),
     ]
     for config, params, message in cases:

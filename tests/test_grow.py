@@ -112,6 +112,11 @@ def test_what_new_layers_are_made_of():
         (GPT2, {"max_length": 64}, "max_length 32 cannot become 64"),
         (MODERN, {"tied_head": True}, "cannot become tied"),
         (modern_tiny(layers=4, **SHORTCUTS), {"layers": 6}, "grow to a multiple of 4 layers"),
+        (
+            modern_tiny(norm_scale=False, tied_head=True),
+            {"width": 64, "heads": 8},
+            "norms have none; untie the head",
+        ),
         (MODERN, {"value_embeddings": False}, "value_embeddings True cannot become False"),
         (llama_tiny(), {"layers": 1}, "layers 2 cannot become 1"),
         (llama_tiny(heads=8), {"heads": 9, "kv_heads": 3}, "make it a divisor"),

@@ -99,6 +99,29 @@ def test_llama_file_is_as_the_format_says(saved):
     assert {name: fields[name] for name in expected} == expected
 
 
+def test_qwen3_file_is_as_the_format_says(saved):
+    config = llama_tiny(qk_norm=True, tied_head=True)
+    folder, params = saved(config)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("q_norm", "k_norm"):
+        np.testing.assert_array_equal(
+            tensors[f"model.layers.1.self_attn.{name}.weight"],
+            params["blocks"]["attention"][name]["scale"][1],
+        )
+    assert len(tensors) == 2 + 11 * 2
+    fields = json.loads((folder / "config.json").read_text())
+    expected = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    }
+    assert {name: fields[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_types_out_and_in(dtype, saved):
     folder, params = saved(gpt2_tiny(), dtype=dtype)

@@ -11,12 +11,17 @@ import pytest
 from model import huggingface
 from model.heads import pool, scores
 from model.huggingface_classifier import is_classifier, load_classifier, save_classifier
-from model.presets import gpt2_tiny, llama_tiny
+from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer, features
-from tests.huggingface_cases import assert_same, drawn, reconfigure, rewrite
+from tests.huggingface_cases import NANOCHAT, assert_same, drawn, reconfigure, rewrite
 
 LABELS = ("bad", "good", "odd")
-CONFIGS = {"gpt2": gpt2_tiny(), "llama": llama_tiny(), "gpt2 untied": gpt2_tiny(tied_head=False)}
+CONFIGS = {
+    "gpt2": gpt2_tiny(),
+    "llama": llama_tiny(),
+    "gpt2 untied": gpt2_tiny(tied_head=False),
+    "qwen3": llama_tiny(qk_norm=True),
+}
 
 
 def with_score(config, classes=3):
@@ -70,8 +75,15 @@ def ours(config, params, rows):
     return np.asarray(scores(params, last_BD))
 
 
+def test_a_kind_without_classifiers_in_transformers_is_refused(tmp_path):
+    config = modern_tiny(**NANOCHAT)
+    with pytest.raises(ValueError, match="no classifier of the kind nanochat"):
+        save_classifier(tmp_path / "x", config, with_score(config), LABELS, pad_token=7)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.hf
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_scores_are_those_of_transformers(tmp_path, name):
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers = pytest.importorskip("transformers")

@@ -7,6 +7,7 @@ import pytest
 from model.config import TransformerConfig
 from model.huggingface_config import NOT_HELD, read_config, write_config
 from model.presets import gpt2, gpt2_tiny, llama, llama_tiny, modern_tiny
+from tests.huggingface_cases import NANOCHAT
 
 
 def with_entries(config, entries):
@@ -61,6 +62,51 @@ def test_config_of_llama_2_on_the_hub_is_our_preset():
     assert read_config(hub)[1] == llama()
 
 
+def test_config_of_qwen3_on_the_hub_is_understood():
+    hub = {  # Qwen3-0.6B as published; what means nothing to us included
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    expected = llama(
+        vocabulary_size=151_936,
+        max_length=40_960,
+        layers=28,
+        width=1024,
+        heads=16,
+        kv_heads=8,
+        head_width=128,
+        ffn_width=3072,
+        rotary_base=1e6,
+        norm_epsilon=1e-6,
+        qk_norm=True,
+        tied_head=True,
+    )
+    assert read_config(hub)[1] == expected
+
+
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
@@ -106,6 +152,38 @@ def test_llama_configs_that_cannot_be_meant(entries, words):
 
 
 @pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
+        ({"head_dim": None}, "head_dim is missing"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type is 'yarn'"),
+    ],
+)
+def test_qwen3_configs_that_cannot_be_meant(entries, words):
+    config = llama_tiny(qk_norm=True)
+    whole = {"layer_types": ["full_attention"] * 2, "sliding_window": 4096}
+    assert read_config(with_entries(config, whole))[1] == read_config(write_config(config)[1])[1]
+    with pytest.raises(ValueError, match=words):
+        read_config(with_entries(config, entries))
+
+
+def test_a_cap_that_is_null_is_none_and_one_that_is_absent_is_transformers_own():
+    capped = modern_tiny(**NANOCHAT, logit_softcap=9.0)
+    theirs = write_config(capped)[1]
+    assert theirs["final_logit_softcapping"] == 9.0
+    assert read_config(theirs | {"final_logit_softcapping": None})[1].logit_softcap is None
+    del theirs["final_logit_softcapping"]
+    assert read_config(theirs)[1].logit_softcap == 15.0
+    free = dataclasses.replace(capped, logit_softcap=None)
+    assert write_config(free)[1]["final_logit_softcapping"] is None
+    with pytest.raises(ValueError, match="attention_bias is True"):
+        read_config(theirs | {"attention_bias": True})
+
+
+@pytest.mark.parametrize(
     "entries",
     [
         {"rope_theta": None},
@@ -136,6 +214,7 @@ def test_rope_base_is_read_where_any_version_keeps_it(entries):
         (gpt2_tiny(norm="rmsnorm"), r"gpt2 cannot hold norm='rmsnorm'"),
         (llama_tiny(window=(4, 8)), r"llama cannot hold window=\(4, 8\)"),
         (llama_tiny(norm="layernorm"), r"llama cannot hold norm='layernorm'"),
+        (llama_tiny(qk_norm=True, biases=True), r"qwen3 cannot hold biases=True"),
         (llama_tiny(width=30, head_width=8), "heads that divide the width"),
     ],
 )
@@ -144,6 +223,12 @@ def test_configs_that_no_format_holds(config, words):
         write_config(config)
 
 
+STARTS = {
+    "gpt2": gpt2_tiny(),
+    "llama": llama_tiny(),
+    "qwen3": llama_tiny(qk_norm=True),
+    "nanochat": modern_tiny(**NANOCHAT),
+}
 OTHER = {  # a value that neither preset has, for every field
     "vocabulary_size": 96,
     "max_length": 48,
@@ -157,15 +242,16 @@ OTHER = {  # a value that neither preset has, for every field
     "rotary_base": 77.0,
     "norm": {"layernorm": "rmsnorm", "rmsnorm": "layernorm"},
     "norm_epsilon": 1e-3,
+    "norm_scale": {True: False, False: True},
     "biases": {True: False, False: True},
     "activation": "gelu_exact",
-    "qk_norm": True,
+    "qk_norm": {True: False, False: True},
     "logit_softcap": 9.0,
     "tied_head": {True: False, False: True},
     "window": 8,
     "zero_init_projections": True,
     "init_std": 0.5,
-    "embedding_norm": True,
+    "embedding_norm": {True: False, False: True},
     "embedding_shortcut": 0.1,
     "value_embeddings": True,
     "dropout": 0.25,
@@ -179,17 +265,17 @@ OTHER = {  # a value that neither preset has, for every field
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(TransformerConfig)])
-@pytest.mark.parametrize("start", [gpt2_tiny(), llama_tiny()], ids=["gpt2", "llama"])
-def test_every_field_is_held_or_refused_or_said_not_to_be(start, field):
+@pytest.mark.parametrize("name", STARTS)
+def test_every_field_is_held_or_refused_or_said_not_to_be(name, field):
     """A config field that nobody thought of must not be lost on the way."""
-    other = OTHER[field]
+    start, other = STARTS[name], OTHER[field]
     if isinstance(other, dict):
         other = other[getattr(start, field)]
     changed = dataclasses.replace(start, **{field: other})
     assert changed != start
     if field == "rotary_base" and start.positions == "learned":
         return  # has no part in that model
-    if (start.activation, field) in NOT_IN:
+    if (name, field) in NOT_IN:
         kind = (
             pytest.warns(UserWarning, match="training")
             if field == "dropout"
@@ -205,14 +291,14 @@ def test_every_field_is_held_or_refused_or_said_not_to_be(start, field):
         assert held == expected
 
 
+_NOWHERE = ("window", "norm_scale", "embedding_norm", "embedding_shortcut", "value_embeddings")
+_NOT_ROTARY = ("positions", "norm", "activation", "dropout")
 NOT_IN = {
-    *(("gelu", name) for name in ("kv_heads", "head_width", "positions", "norm", "biases")),
-    *(("gelu", name) for name in ("qk_norm", "logit_softcap", "window")),
-    *(("swiglu", name) for name in ("positions", "norm", "activation", "dropout")),
-    *(("swiglu", name) for name in ("qk_norm", "logit_softcap", "window")),
-    *(
-        (activation, name)
-        for activation in ("gelu", "swiglu")
-        for name in ("embedding_norm", "embedding_shortcut", "value_embeddings")
-    ),
+    *(("gpt2", name) for name in ("kv_heads", "head_width", "positions", "norm", "biases")),
+    ("gpt2", "qk_norm"),
+    *(("llama", name) for name in _NOT_ROTARY),
+    *(("qwen3", name) for name in (*_NOT_ROTARY, "biases")),
+    *(("nanochat", name) for name in ("positions", "norm", "dropout", "biases", "qk_norm")),
+    *((kind, name) for kind in STARTS for name in _NOWHERE),
+    *((kind, "logit_softcap") for kind in STARTS if kind != "nanochat"),
 }

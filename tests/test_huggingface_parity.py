@@ -21,9 +21,9 @@ import pytest
 from model import huggingface
 from model.huggingface_config import read_config
 from model.huggingface_layouts import REQUIRED
-from model.presets import gpt2_tiny, llama_tiny
+from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
-from tests.huggingface_cases import CONFIGS, assert_same, drawn
+from tests.huggingface_cases import CONFIGS, NANOCHAT, assert_same, drawn
 
 pytestmark = pytest.mark.hf
 
@@ -112,6 +112,27 @@ def native(transformers, name):
             head_dim=8,
             rope_parameters={"rope_type": "default", "rope_theta": 700.0},
         ),
+        "qwen3": lambda: transformers.Qwen3Config(
+            vocab_size=70,
+            hidden_size=24,
+            intermediate_size=50,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=4,  # off, so without effect
+            rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+        ),
+        "nanochat": lambda: transformers.NanoChatConfig(
+            vocab_size=70,
+            hidden_size=24,
+            intermediate_size=50,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            final_logit_softcapping=3.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+        ),
     }[name]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager")
@@ -121,7 +142,7 @@ def native(transformers, name):
     return model
 
 
-@pytest.mark.parametrize("name", ["GPT2Config", "LlamaConfig"])
+@pytest.mark.parametrize("name", ["GPT2Config", "LlamaConfig", "Qwen3Config", "NanoChatConfig"])
 def test_what_a_config_leaves_out_is_what_transformers_takes(transformers, name):
     full = getattr(transformers, name)().to_dict()
     layout, config = read_config(full)
@@ -131,7 +152,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(transformers, name)
     assert read_config(bare) == (layout, config)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "nanochat"])
 def test_we_compute_what_transformers_saved(transformers, name, tmp_path):
     model = native(transformers, name)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="5KB")
@@ -193,6 +214,12 @@ def transpose(path):
     return change(path, lambda w: w.swapaxes(-1, -2))
 
 
+def exchanged(kernel, heads=4):
+    """The halves of each head in the other order."""
+    halves = kernel.reshape(*kernel.shape[:2], heads, 2, -1)
+    return halves[:, :, :, ::-1].reshape(kernel.shape)
+
+
 BLOCKS = "blocks/attention/o blocks/mlp/up blocks/mlp/down"
 NORMS = "blocks/attention_norm blocks/mlp_norm final_norm"
 
@@ -228,6 +255,24 @@ LLAMA_MISTAKES = COMMON | {
     "heads": meant(heads=8, kv_heads=8),
     "head in reverse": change("head/kernel", lambda w: w[::-1]),
 }
+QWEN3_MISTAKES = COMMON | {
+    "gate and up": swap("mlp/gate/", "mlp/up/"),
+    "rope base": meant(rotary_base=10_000.0),
+    "norms of queries and keys": swap("/q_norm/", "/k_norm/"),
+    **{
+        f"{name} scale": change(f"blocks/attention/{name}/scale", lambda w: w * 0 + 1)
+        for name in ("q_norm", "k_norm")
+    },
+}
+# Of the norms there nothing is learned.
+NANOCHAT_MISTAKES = {name: m for name, m in COMMON.items() if "norm" not in name} | {
+    "no norm of the embedding": meant(embedding_norm=False),
+    "rope base": meant(rotary_base=10_000.0),
+    "cap": meant(logit_softcap=2.9),
+    "gelu": meant(activation="gelu"),
+    **{f"turned the other way, {name}": change(f"blocks/attention/{name}/kernel", exchanged)
+       for name in "qk"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -235,8 +280,16 @@ LLAMA_MISTAKES = COMMON | {
     [
         (gpt2_tiny(norm_epsilon=1e-3), GPT2_MISTAKES),
         (llama_tiny(norm_epsilon=1e-3, kv_heads=4, biases=True, rotary_base=500.0), LLAMA_MISTAKES),
+        (
+            llama_tiny(norm_epsilon=1e-3, kv_heads=4, qk_norm=True, rotary_base=500.0),
+            QWEN3_MISTAKES,
+        ),
+        (
+            modern_tiny(**NANOCHAT, norm_epsilon=1e-3, rotary_base=500.0, logit_softcap=3.0),
+            NANOCHAT_MISTAKES,
+        ),
     ],
-    ids=["gpt2", "llama"],
+    ids=["gpt2", "llama", "qwen3", "nanochat"],
 )
 def test_every_mistake_fails_the_comparison(transformers, config, mistakes, tmp_path):
     params = drawn(config)

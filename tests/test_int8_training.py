@@ -191,6 +191,23 @@ def test_rules_and_keys():
     assert (quiet != model.apply({"params": params}, TOKENS)).any()
 
 
+def test_a_sum_that_int32_cannot_hold_is_refused():
+    most = (2**31 - 1) // 127**2
+    assert most * 127**2 < 2**31 <= (most + 1) * 127**2
+
+    def trained(rows, products):
+        x, g = (jax.ShapeDtypeStruct((rows, 2), jnp.float32) for _ in range(2))
+        w = jnp.ones((2, 2))
+        return jax.eval_shape(
+            lambda x, g: jax.vjp(lambda w: dot(x, w, None, products), w)[1](g), x, g
+        )
+
+    trained(most, EVERY)
+    trained(most + 1, Products())  # the weight's gradient in float
+    with pytest.raises(ValueError, match=r"133,145 products of int8 .* int32 holds 133,144"):
+        trained(most + 1, EVERY)
+
+
 def test_bad_input():
     params = {"up": {"kernel": W, "bias": jnp.ones(10)}}
     quantized = quantize_params(params, [("kernel", "int8")])

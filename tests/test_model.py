@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,9 @@ from model.cache import init_cache
 from model.config import TransformerConfig
 from model.flops import abstract_params, flops_per_token
 from model.generate import Sampling, _generate, generate, sample
+from model.positions import rotate, rotation
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
+from model.shortcuts import unit_rms
 from model.transformer import Transformer, features, head
 from tests import compiled
 
@@ -22,6 +25,7 @@ CONFIGS = {
     "modern": modern_tiny(zero_init_projections=False),
     "windows": modern_tiny(zero_init_projections=False, window=(3, 6)),
 }
+UNSCALED = modern_tiny(zero_init_projections=False, norm_scale=False)
 KEY = jax.random.key(3)
 TOKENS = jax.random.randint(jax.random.key(7), (3, 12), 0, 64)
 
@@ -47,6 +51,31 @@ def test_no_token_sees_a_later_one(strict, name):
     before, after = logits_of(model, params), logits_of(model, params, changed)
     np.testing.assert_array_equal(before[:, :8], after[:, :8])
     assert np.abs(before[:, 8] - after[:, 8]).max() > 1e-3
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_norms_without_scales_are_those_whose_scales_are_one(strict, norm):
+    config = dataclasses.replace(UNSCALED, norm=norm, biases=norm == "layernorm")
+    model, params = made(config)
+    plain = dataclasses.replace(config, norm_scale=True)
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    assert not [path for path in flat if path.endswith("scale")]
+    shapes = flax.traverse_util.flatten_dict(abstract_params(plain), sep="/")
+    whole = {path: flat.get(path, jnp.ones(leaf.shape)) for path, leaf in shapes.items()}
+    added = set(shapes) - set(flat)
+    expected = ("blocks/attention_norm", "blocks/mlp_norm", "final_norm")
+    expected += ("blocks/attention/q_norm", "blocks/attention/k_norm")
+    assert added == {f"{path}/scale" for path in expected}
+    same = logits_of(Transformer(plain), flax.traverse_util.unflatten_dict(whole, sep="/"))
+    np.testing.assert_allclose(logits_of(model, params), same, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_of_queries_and_keys_without_scales_may_stand_after_positions():
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(2, 5, 4, 8)), jnp.float32)
+    turn = rotation(jnp.arange(5)[None], 8, 100.0)
+    before, after = rotate(unit_rms(x, 1e-3), turn), unit_rms(rotate(x, turn), 1e-3)
+    np.testing.assert_allclose(before, after, atol=1e-6)
 
 
 def test_a_window_hides_what_lies_before_it():

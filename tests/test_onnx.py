@@ -79,8 +79,17 @@ def test_what_it_does_not_hold(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pass the 2 GB of one ONNX file"):
         write_onnx(tmp_path / "a.onnx", gpt2_tiny(), drawn(gpt2_tiny()))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="GPT-2's kind of block alone"):
-        write_onnx(tmp_path / "a.onnx", llama_tiny(), drawn(llama_tiny()))
+    others = {
+        "positions is 'rotary' and must be 'learned'": llama_tiny(),
+        "activation is 'gelu_exact'": gpt2_tiny(activation="gelu_exact"),
+        "kv_heads is 2 and must be 4": gpt2_tiny(kv_heads=2),
+        "4 heads of 16 must fill 32": gpt2_tiny(head_width=16),
+        "window is 4": gpt2_tiny(window=4),
+    }
+    for what, config in others.items():
+        with pytest.raises(ValueError, match=f"GPT-2's kind.*{what}.*StableHLO format") as refused:
+            write_onnx(tmp_path / "a.onnx", config, {})
+        assert "GGUF" not in str(refused.value)
     (tmp_path / "a.onnx").touch()
     with pytest.raises(ValueError, match="exists already"):
         write_onnx(tmp_path / "a.onnx", gpt2_tiny(), drawn(gpt2_tiny()))

@@ -228,7 +228,7 @@ def test_bad_input():
         (lambda: sparsegpt_params(MODEL, PARAMS, [], block_kernels(0.5)), "no batch of tokens"),
         (
             lambda: sparsegpt_params(MODEL, PARAMS, [TOKENS], block_kernels(0.5), group=5),
-            "'attention/k/kernel' of layer 0: .*do not divide",
+            "'blocks/attention/k/kernel': groups .* of 5 do not divide the 32 .*shape .32, ",
         ),
     ]
     for call, message in cases:

@@ -309,6 +309,9 @@ def test_bad_input_is_explained():
         keep_groups(config, params, [[0, 0], [0, 1]])
     with pytest.raises(ValueError, match="are indices, not"):
         keep_width(config, params, [0.5])
+    unscaled = modern_tiny(norm_scale=False)
+    with pytest.raises(ValueError, match="corrected in the scales of the norms"):
+        keep_width(unscaled, params_of(unscaled), range(16))
     with pytest.raises(ValueError, match="keep their order"):
         keep_layers(config, params, [1, 0])
     with pytest.raises(ValueError, match="no part is called 'experts'"):

@@ -10,6 +10,7 @@ import pytest
 from compress.distill import forward_kl
 from compress.teacher_cache import look_up, open_teacher_cache, row_keys, write_teacher_cache
 from compress.teacher_targets import (
+    draws,
     sampled_cross_entropy,
     sampled_targets,
     top_k_kl,
@@ -61,6 +62,39 @@ def test_the_expected_gradient_of_the_sample_is_that_of_the_full_divergence(
         grad = jax.grad(sampled_cross_entropy)(student, targets, WEIGHTS, T)
         expected += np.exp(np.asarray(log_q)[:, token])[:, None] * np.asarray(grad)
     np.testing.assert_allclose(expected, kl_gradient(student, teacher, T), rtol=1e-4, atol=1e-6)
+
+
+def test_draws_divide_the_unit_square_as_the_distribution_says(strict):
+    """Exactly: over a grid of uniform numbers each token comes as often as its share."""
+    count = 200
+    grid = (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
+    first, second = (a.reshape(1, -1) for a in jnp.meshgrid(grid, grid))
+    for size in (1, 2, 10, 13):
+        q = jax.random.uniform(jax.random.key(size), (size,)).at[size // 2].set(1e-3)
+        q = q.at[0].set(0.0) if size > 2 else q
+        ids = draws(q[None], jnp.stack([first, second]))
+        drawn = np.bincount(np.asarray(ids[0]), minlength=size) / count**2
+        np.testing.assert_allclose(drawn, q / q.sum(), atol=3 / count)
+        assert size == 1 or drawn[np.asarray(q) == 0].sum() == 0
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_are(strict):
+    """One running sum of all in float32 would stay at the first token's 1."""
+    q = jnp.full(2**14, 2.0**-27).at[0].set(1.0)
+    first = 1 - jnp.arange(1.0, 15.0, dtype=jnp.float32) * 2.0**-17
+    ids = draws(q[None], jnp.stack([first, jnp.full(14, 0.5)])[:, None])[0]
+    sums = np.cumsum(np.asarray(q, np.float64).reshape(128, 128).sum(axis=1))
+    expected = np.searchsorted(sums, np.asarray(first, np.float64) * sums[-1], side="right")
+    assert expected.min() > 1
+    assert np.abs(np.asarray(ids) // 128 - expected).max() <= 1
+    assert set((np.asarray(ids) % 128).tolist()) == {64}
+
+
+def test_drawing_holds_a_few_copies_of_the_logits_and_not_one_for_each_draw():
+    shape = (16, 50257)
+    draw = jax.jit(lambda key, logits: sampled_targets(key, logits, 32, proposal=0.7))
+    compiled = draw.lower(jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * shape[0] * shape[1]
 
 
 @pytest.mark.parametrize("proposal", [1.0, 0.6])

@@ -9,6 +9,7 @@ Published beside it: a Transformer of 125M on C4 (perplexity 25.65 in float32), 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from compress.folding import fold, sites_of
+from compress.formats import Format, format_of, format_to_json
 from compress.quantize import quantize_params, weight_rules
 from compress.smoothquant import smooth_params
 from compress.w8a8 import Activation, integer_products
@@ -74,17 +76,31 @@ def with_outlier(config: TransformerConfig, params: Any, size: float) -> Any:
     return {**params, "blocks": jax.vmap(one)(params["blocks"])}
 
 
+def in_full(how: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how a row is made, as JSON values: grid and rounding of activations spelled out.
+
+    >>> in_full({"format": "int8", "share": "token"})["activations"]["offset"]
+    'none'
+    """
+    found = {"outlier": how.get("outlier", True), "alpha": how.get("alpha")}
+    if "format" not in how:
+        return found
+    activation = Activation("dynamic", how["share"], how.get("offset", "none"))
+    weights = format_to_json(format_of(how["format"]))
+    return {**found, "weights": weights, "activations": dataclasses.asdict(activation)}
+
+
 def measure(request: Request, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Puts the outlier in, quantizes as the settings say; returns quality."""
     subject = open_subject(request, settings)
     method, model, params = settings["how"], subject.model, subject.params
-    if method.get("outlier", True):
+    if method["outlier"]:
         params = with_outlier(model.config, params, settings["size"])
-    if "alpha" in method:
+    if method["alpha"] is not None:
         params = smooth_params(model, params, subject.calibration, alpha=method["alpha"])
-    if "format" in method:
-        activation = Activation("dynamic", method["share"], method.get("offset", "none"))
-        params = quantize_params(params, weight_rules(params, method["format"]))
+    if "weights" in method:
+        activation = Activation(**method["activations"])
+        params = quantize_params(params, weight_rules(params, Format(**method["weights"])))
         params = integer_products(params, activation, rules=[("kernel", True)])
     dense, found = judge(subject, model, params)
     return {**found, "dense perplexity": dense["perplexity"]}
@@ -95,7 +111,7 @@ def cells(request: Request) -> list[Measurement]:
     found = []
     for seed in range(request.seeds):
         for name, how in METHODS.items():
-            settings = {**base_settings(seed), "method": "w8a8", "how": how, "size": SIZE}
+            settings = {**base_settings(seed), "method": "w8a8", "how": in_full(how), "size": SIZE}
             function = functools.partial(measure, request)
             found.append(Measurement(name, settings, function, needs_of(settings)))
     return found

@@ -8,74 +8,40 @@ arXiv:2410.09615); the order of pruning and quantizing from Harma et al. 2024 (a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from compress.formats import Format
-from compress.gptq import gptq_params
-from compress.quantize import dequantize_params, quantize_params
+from experiments.ablate.compress_recipes import BLOCKS, Recipe, measurement, rounded
 from experiments.ablate.margins import Claim, claims
 from experiments.ablate.markdown import grid, spread
-from experiments.ablate.subjects import (
-    Subject,
-    base_settings,
-    judge,
-    needs_of,
-    open_subject,
-    stories_settings,
-)
+from experiments.ablate.subjects import base_settings, stories_settings
 from experiments.ablate.tables import Request, Results, Table
 from experiments.compressors import Magnitude, SparseGPT, Wanda
 from experiments.grid import Measurement
 
-BLOCKS = "blocks/.*/kernel"
-TWO_BITS = Format(bits=2, group=32, span="full", scale_dtype="float16")
+FOUR_BITS = rounded("rtn", "q4_0", BLOCKS)
+TWO_BITS = rounded("gptq", Format(bits=2, group=32, span="full", scale_dtype="float16"), BLOCKS)
 
-Prune = Callable[[Subject], Any]
-
-
-def _by(compressor: Any) -> Prune:
-    return lambda subject: compressor(subject.model, subject.params, subject.calibration)[1]
-
-
-def _then_round(prune: Prune) -> Prune:
-    """Prunes, then rounds to 4 bits; zeros are on the grid and stay."""
-    return lambda subject: quantize_params(prune(subject), [(BLOCKS, "q4_0")])
-
-
-def _round_then_magnitude(subject: Subject) -> Any:
-    rounded = dequantize_params(quantize_params(subject.params, [(BLOCKS, "q4_0")]))
-    return Magnitude()(subject.model, rounded, subject.calibration)[1]
-
-
-def _two_bits(subject: Subject) -> Any:
-    rules = [(BLOCKS, TWO_BITS)]
-    return gptq_params(subject.model, subject.params, subject.calibration, rules)
-
-
-METHODS: dict[str, Prune] = {
-    "dense": lambda subject: subject.params,
-    "magnitude 50 %": _by(Magnitude()),
-    "Wanda 50 %": _by(Wanda()),
-    "SparseGPT 50 %": _by(SparseGPT()),
-    "magnitude 2:4": _by(Magnitude(pattern="2:4")),
-    "Wanda 2:4": _by(Wanda(pattern="2:4")),
-    "SparseGPT 2:4": _by(SparseGPT(pattern="2:4")),
+METHODS: dict[str, Recipe] = {
+    "dense": (),
+    "magnitude 50 %": (Magnitude(),),
+    "Wanda 50 %": (Wanda(),),
+    "SparseGPT 50 %": (SparseGPT(),),
+    "magnitude 2:4": (Magnitude(pattern="2:4"),),
+    "Wanda 2:4": (Wanda(pattern="2:4"),),
+    "SparseGPT 2:4": (SparseGPT(pattern="2:4"),),
 }
-JOINT: dict[str, Prune] = {
-    "GPTQ4 g32": lambda subject: gptq_params(
-        subject.model, subject.params, subject.calibration, [(BLOCKS, "q4_0")]
-    ),
-    "SparseGPT 50 % + 4 bit, jointly": _by(SparseGPT(format="q4_0")),
-    "SparseGPT 2:4 + 4 bit, jointly": _by(SparseGPT(pattern="2:4", format="q4_0")),
-    "SparseGPT 50 %, then RTN4 g32": _then_round(_by(SparseGPT())),
-    "Wanda 50 %, then RTN4 g32": _then_round(_by(Wanda())),
-    "magnitude 50 %, then RTN4 g32": _then_round(_by(Magnitude())),
-    "RTN4 g32, then magnitude 50 %": _round_then_magnitude,
-    "GPTQ2 g32, dense": _two_bits,
+# Rounding keeps zeros, which are on the grid.
+JOINT: dict[str, Recipe] = {
+    "GPTQ4 g32": (rounded("gptq", "q4_0", BLOCKS),),
+    "SparseGPT 50 % + 4 bit, jointly": (SparseGPT(format="q4_0"),),
+    "SparseGPT 2:4 + 4 bit, jointly": (SparseGPT(pattern="2:4", format="q4_0"),),
+    "SparseGPT 50 %, then RTN4 g32": (SparseGPT(), FOUR_BITS),
+    "Wanda 50 %, then RTN4 g32": (Wanda(), FOUR_BITS),
+    "magnitude 50 %, then RTN4 g32": (Magnitude(), FOUR_BITS),
+    "RTN4 g32, then magnitude 50 %": (FOUR_BITS, Magnitude()),
+    "GPTQ2 g32, dense": (TWO_BITS,),
 }
 PUBLISHED = {
     "dense": "27.66",
@@ -110,34 +76,12 @@ JOINT_ORDERINGS = (
 )
 
 
-def measure(request: Request, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Prunes the subject as the settings say; returns quality and the share of zeros."""
-    subject = open_subject(request, settings)
-    params = (METHODS | JOINT)[settings["method"]](subject)
-    dense, found = judge(subject, subject.model, params)
-    return {**found, "dense perplexity": dense["perplexity"], "zeros": zeros(params)}
-
-
-def zeros(params: Any) -> float:
-    """Returns the share of zeros in the kernels of the blocks.
-
-    >>> zeros({"blocks": {"up": {"kernel": jnp.array([[[0.0, 1.0]]])}}})
-    0.5
-    """
-    blocks = dequantize_params(params["blocks"])
-    leaves = jax.tree_util.tree_leaves_with_path(blocks)
-    kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
-    return float(sum(jnp.sum(k == 0) for k in kernels) / sum(k.size for k in kernels))
-
-
-def _cells(subject: Any, names: Sequence[str], request: Request) -> list[Measurement]:
-    found = []
-    for seed in range(request.seeds):
-        for name in names:
-            settings = {**subject(seed), "topic": "prune", "method": name}
-            function = functools.partial(measure, request)
-            found.append(Measurement(name, settings, function, needs_of(settings)))
-    return found
+def _cells(subject: Any, rows: dict[str, Recipe], request: Request) -> list[Measurement]:
+    return [
+        measurement(request, name, subject(seed), recipe)
+        for seed in range(request.seeds)
+        for name, recipe in rows.items()
+    ]
 
 
 def render(orderings: Sequence[tuple[str, str]], results: Results) -> list[str]:
@@ -191,7 +135,7 @@ def _table(
     name: str,
     title: str,
     subject: Any,
-    names: Sequence[str],
+    rows: dict[str, Recipe],
     orderings: Sequence[tuple[str, str]],
 ) -> Table:
     foreign = subject is stories_settings
@@ -199,7 +143,7 @@ def _table(
     def cells(request: Request) -> list[Measurement]:
         if foreign and request.stories is None:
             return []
-        return _cells(subject, names, request)
+        return _cells(subject, rows, request)
 
     def notes(request: Request) -> list[str]:
         if foreign and request.stories is None:
@@ -214,21 +158,21 @@ TABLES: tuple[Table, ...] = (
         "prune",
         "Pruning of the blocks' matrices after training",
         base_settings,
-        list(METHODS),
+        METHODS,
         ORDERINGS,
     ),
     _table(
         "prune-quantize",
         "Pruning and quantizing the blocks' matrices together",
         base_settings,
-        list(JOINT),
+        JOINT,
         JOINT_ORDERINGS,
     ),
     _table(
         "prune-stories",
         "Pruning of a foreign model, stories260K, judged on its own samples",
         stories_settings,
-        list(METHODS),
+        METHODS,
         ORDERINGS,
     ),
 )

@@ -6,31 +6,18 @@ there and of 32 here.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from compress.formats import FORMATS
-from compress.gptq import gptq_params
-from compress.quantize import contraction_axis, quantize_params, report
+from experiments.ablate.compress_recipes import ALL, BLOCKS, Recipe, measurement, rounded
 from experiments.ablate.margins import Claim, claims
 from experiments.ablate.markdown import grid, spread
-from experiments.ablate.subjects import (
-    Subject,
-    base_settings,
-    judge,
-    needs_of,
-    open_subject,
-    stories_settings,
-)
+from experiments.ablate.subjects import base_settings, stories_settings
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
-from model.rules import leaf_paths
 
 DENSE = "float32"
 # name of the row -> (method, name of the format)
-METHODS: dict[str, tuple[str, str]] = {
+METHODS: dict[str, tuple[Literal["rtn", "gptq"], str]] = {
     "int16": ("rtn", "int16"),
     "RTN8": ("rtn", "int8"),
     "RTN4": ("rtn", "int4"),
@@ -69,65 +56,28 @@ SOURCE = (
 LIMITS = {"int16": 0.01, "RTN8": 0.1}
 """Largest rise of the perplexity that is expected, in per cent."""
 
-SCOPES = {
-    "all": "kernel|embedding",
-    "blocks": "blocks/.*/kernel",
-}
-"""Which matrices: all there are, or those of the blocks, as the papers have it."""
+SCOPES = {"all": ALL, "blocks": BLOCKS}
 
 
-def rules_for(params: Any, scope: str, name: str) -> list[tuple[str, Any]]:
-    """Returns rules that give every matrix of the scope a format, by channel where groups fail."""
-    format = FORMATS[name]
-    rules: list[tuple[str, Any]] = [(SCOPES[scope], format)]
-    if not isinstance(format.group, int):
-        return rules
-    by_channel = dataclasses.replace(format, group="channel", scale_dtype="float32")
-    for path in leaf_paths(params):
-        if path.endswith(("kernel", "embedding")):
-            leaf = functools.reduce(lambda tree, part: tree[part], path.split("/"), params)
-            if leaf.shape[contraction_axis(path)] % format.group:
-                rules.insert(0, (f"^{path}$", by_channel))
-    return rules
+def recipes(scope: str) -> dict[str, Recipe]:
+    """Returns what each row does to the matrices of a scope.
 
-
-def measure(request: Request, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Quantizes the subject as the settings say; returns quality, bytes, and the dense quality."""
-    subject = open_subject(request, settings)
-    params = quantized(subject, settings["method"], settings["scope"], settings["format"])
-    dense, found = judge(subject, subject.model, params)
-    sizes = report(params)
-    return {
-        **found,
-        "bytes": sizes.bytes,
-        "dense perplexity": dense["perplexity"],
-        "dense bytes": report(subject.params).bytes,
-        "rise in %": 100 * (found["perplexity"] / dense["perplexity"] - 1),
-    }
-
-
-def quantized(subject: Subject, method: str, scope: str, format: str) -> Any:
-    """Returns the parameters of the subject, quantized; "none" returns them as they are."""
-    if method == "none":
-        return subject.params
-    rules = rules_for(subject.params, scope, format)
-    if method == "rtn":
-        return quantize_params(subject.params, rules)
-    return gptq_params(subject.model, subject.params, subject.calibration, rules)
+    >>> [step.format.bits for step in recipes("blocks")["GPTQ3"]]
+    [3]
+    """
+    rows: dict[str, Recipe] = {DENSE: ()}
+    for name, (method, format) in METHODS.items():
+        if scope == "all" or name != "int16":
+            rows[name] = (rounded(method, format, SCOPES[scope]),)
+    return rows
 
 
 def _cells(subject: Any, scope: str, request: Request) -> list[Measurement]:
-    rows = {DENSE: ("none", "")} | METHODS
-    if scope == "blocks":
-        del rows["int16"]
-    found = []
-    for seed in range(request.seeds):
-        for name, (method, format) in rows.items():
-            settings = {**subject(seed), "scope": scope, "method": method, "format": format}
-            found.append(
-                Measurement(name, settings, functools.partial(measure, request), needs_of(settings))
-            )
-    return found
+    return [
+        measurement(request, name, subject(seed), recipe)
+        for seed in range(request.seeds)
+        for name, recipe in recipes(scope).items()
+    ]
 
 
 def render(results: Results) -> list[str]:

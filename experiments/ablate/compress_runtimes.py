@@ -7,7 +7,6 @@ Python binding is installed (the extra `llama-cpp`).
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import statistics
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from compress.formats import format_of, format_to_json
 from compress.gguf import write_gguf
 from compress.onnx import write_onnx
 from compress.probe import Row, probe, time_interleaved
@@ -25,7 +25,7 @@ from compress.probe import Table as Probed
 from compress.quantize import quantize_params, weight_rules
 from compress.w8a8 import Activation, integer_products
 from experiments.ablate.markdown import grid
-from experiments.ablate.random_weights import random_weights
+from experiments.ablate.random_weights import fields_of, random_weights
 from experiments.ablate.ratios import paired
 from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.compression_timings import prefill
@@ -56,9 +56,10 @@ def has_llama() -> bool:
 def cells(request: Request) -> list[Item]:
     """Returns the three measurements."""
     settings = {
-        "config": dataclasses.asdict(model_shape()),
+        "config": fields_of(model_shape()),
         "length": LENGTH,
         "repeats": REPEATS,
+        "grids": {name: format_to_json(format_of(name)) for name in ("int8", *GGUF_FORMATS[1:])},
     }
     made: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         XLA: in_xla,

@@ -6,7 +6,6 @@ trained ones.
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 import jax
 
+from compress.formats import format_of, format_to_json
 from compress.gguf import HOLDS, write_gguf
 from compress.native import save_native
 from compress.quantize import quantize_params, report, weight_rules
 from experiments.ablate.markdown import grid
-from experiments.ablate.random_weights import random_weights
+from experiments.ablate.random_weights import fields_of, random_weights
 from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.grid import Measurement
 from model.config import TransformerConfig, config_from_dict
@@ -38,11 +38,16 @@ def model_shape() -> TransformerConfig:
 
 def cells(request: Request) -> list[Item]:
     """Returns a measurement for each format."""
-    config = dataclasses.asdict(model_shape())
+    settings = {"measured": "sizes", "config": fields_of(model_shape())}
     return [
-        Measurement(name, {"measured": "sizes", "config": config, "format": name}, sizes)
+        Measurement(name, {**settings, "format": name, "grid": grid_of(name)}, sizes)
         for name in FORMATS
     ]
+
+
+def grid_of(name: str) -> dict[str, Any] | None:
+    """Returns what a format is, so that another one of the same name is measured again."""
+    return None if name == PLAIN else format_to_json(format_of(name))
 
 
 def sizes(settings: Mapping[str, Any]) -> dict[str, Any]:

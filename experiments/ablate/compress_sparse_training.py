@@ -49,7 +49,11 @@ SOURCE = (
     "Published: T5-Base on C4 at 80 % zeros, validation loss, Lee et al. 2023 (JaxPruner, "
     "arXiv:2304.14082)."
 )
-GRADUAL_SOURCE = "Published: gradual at or below one-shot, Zhu & Gupta 2017 (arXiv:1710.01878)."
+GRADUAL_SOURCE = (
+    "The schedule is that of Zhu & Gupta 2017 (arXiv:1710.01878), who report no one-shot row. "
+    "Their medium LSTM on PTB, perplexity: dense 83.37, gradually to 80, 90 and 95 % zeros 83.87, "
+    "87.86 and 96.30."
+)
 ORDERINGS = (
     ("random, fixed from the start", "SET"),
     ("SET", "RigL"),

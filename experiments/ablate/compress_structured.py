@@ -23,7 +23,7 @@ from experiments.ablate.compress_distil import OPTIMIZER
 from experiments.ablate.compress_students import folder_of, student
 from experiments.ablate.margins import Claim, claims
 from experiments.ablate.markdown import grid, spread
-from experiments.ablate.random_weights import random_weights
+from experiments.ablate.random_weights import fields_of, random_weights
 from experiments.ablate.ratios import paired
 from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.compression_timings import decode, prefill
@@ -91,7 +91,7 @@ def cells(request: Request) -> list[Item]:
             name,
             {
                 "measured": "speed of half",
-                "config": dataclasses.asdict(config),
+                "config": fields_of(config),
                 "length": LENGTH,
                 "decoded": DECODED,
                 "batches": BATCHES,

@@ -28,14 +28,21 @@ def _half_of_the_layers(run: Run, tokens: Any) -> tuple[TransformerConfig, Any]:
     return distilgpt2_style(run.model.config, run.params)
 
 
+def half_of(config: TransformerConfig, *, layers: bool) -> Structured:
+    """Returns what keeps half of the neurons of a model, and of its layers if these are asked for.
+
+    >>> from model.presets import gpt2_tiny
+    >>> half_of(gpt2_tiny(), layers=False).neurons
+    64
+    """
+    return Structured(layers=config.layers // 2 if layers else None, neurons=config.ffn_width_ // 2)
+
+
 def _structured(layers: bool) -> Callable[[Run, Any], tuple[TransformerConfig, Any]]:
     def make(run: Run, tokens: Any) -> tuple[TransformerConfig, Any]:
-        config, length = run.model.config, run.settings.phases[-1].sequence_length
+        length = run.settings.phases[-1].sequence_length
         batches = calibration_windows(tokens, length=length, count=WINDOWS, batch=BATCH)
-        keep = Structured(
-            layers=config.layers // 2 if layers else None, neurons=config.ffn_width_ // 2
-        )
-        return keep(run.model, run.params, batches)
+        return half_of(run.model.config, layers=layers)(run.model, run.params, batches)
 
     return make
 

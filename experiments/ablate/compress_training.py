@@ -4,38 +4,34 @@ Every row trains the demo's model at a constant rate on the same batches. The de
 fixed first, and its loss at their end (the mean over seeds) is the target; others may take half as
 many steps again. Where a curve passes a target between two evaluations, the step is read off the
 line between them. Seconds are those steps times the seconds of one, which are measured apart, all
-rows in turn in one process: the runs themselves share the machine with other work. What comes
-before the first step (a teacher's training, its cache) is stated apart and in the total.
+rows in turn in one process: the runs themselves share the machine with other work. What is no step
+of the row (a teacher's training, its cache, calibration to shrink by) is stated apart and in the
+total.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compress.probe import time_interleaved
-from experiments.ablate.compress_students import folder_of, student
+from experiments.ablate.compress_costs import costs
+from experiments.ablate.compress_students import WINDOWS, folder_of, student
 from experiments.ablate.markdown import grid
-from experiments.ablate.steps import known, step_times
 from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.compress_methods import LowPrecision, Rewire
-from experiments.distill_cached import with_targets, write_cache
 from experiments.distill_cached_method import DistilCached
 from experiments.distill_method import Distil
 from experiments.grid import Cell, Measurement
 from experiments.lowrank_method import LowRankKernels
 from experiments.recipes import DEMO, recommended
-from model.transformer import Transformer
 from train.loop import LoopSettings
 from train.optimizers import Muon
 from train.schedules import Constant
-from train.settings import Settings
+from train.settings import Settings, essential
 
 # The default rates, of Muon: FEW_STEPS were chosen for a rate that falls to zero.
 SIZE = dataclasses.replace(DEMO, optimizer=Muon())
@@ -113,33 +109,27 @@ def cells(request: Request) -> list[Item]:
         for name in (ONLINE, CACHED):
             settings = _taught(seed, name, str(request.cells / teacher.key))
             items.append(Cell(name, settings, LOOP, needs=(teacher,)))
-    run = Cell("", _teacher(0), LOOP)
+    run, timed = Cell("", _teacher(0), LOOP), timed_runs()
     measured = {
         "measured": "costs of a step",
         "run": run.key,
         "repeats": REPEATS,
         "steps": [STEPS, MOST],
-        "rows": list(ROWS),
+        "windows": WINDOWS,
+        "rows": {name: _told_apart(each) for name, each in timed.items()},
     }
-    measure = functools.partial(costs, request.cells)
+    measure = functools.partial(costs, request.cells, timed, CACHED, DENSE)
     return [*items, Measurement(COSTS, measured, measure, needs=(run,))]
 
 
-def costs(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Times a step of every row in turn, and what a cache costs.
+def _told_apart(settings: Settings) -> dict[str, Any]:
+    # Methods with all their fields: one whose default changes is measured again.
+    methods = [{"name": each.name, **dataclasses.asdict(each)} for each in settings.methods]
+    return {"run": essential(settings), "methods": methods}
 
-    Args:
-      cells: folder of the runs.
-      settings: with the key of a teacher's run, whose vocabulary is used.
 
-    Returns:
-      "steps": row -> seconds and ratios to the dense step; "look-up": seconds a batch;
-      "cache": seconds to write what one step reads.
-    """
-    from experiments.run import open_run
-
-    run = open_run(cells / settings["run"])
-    size = run.model.config.vocabulary_size
+def timed_runs() -> dict[str, Settings]:
+    """Returns the settings of every row whose step is timed; they name no folder."""
     runs = {
         DENSE: dense_settings(0, MOST),
         SHRUNK: _shrunk(0, None),
@@ -149,60 +139,7 @@ def costs(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, method in PLAIN.items():
         runs[name] = dataclasses.replace(dense_settings(0, MOST), methods=(method,))
-    pairs = {
-        name: (
-            known(each, run.model.config),
-            dataclasses.replace(each.phases[0].model, vocabulary_size=size),
-        )
-        for name, each in runs.items()
-    }
-    look_up, cache = _cache_costs(run.model, run.params, runs[CACHED], settings["repeats"])
-    return {
-        "steps": step_times(pairs, settings["repeats"], DENSE),
-        "look-up": look_up,
-        "cache": cache,
-    }
-
-
-def _cache_costs(
-    model: Transformer, params: Any, settings: Settings, repeats: int
-) -> tuple[float, float]:
-    (method,) = settings.methods
-    phase = settings.phases[0]
-    rng = np.random.default_rng(0)
-    shape = (repeats, phase.batch_size, phase.sequence_length)
-    tokens = rng.integers(0, model.config.vocabulary_size, shape).astype(np.int32)
-    batches = [{"tokens": each} for each in tokens]
-    with tempfile.TemporaryDirectory() as name:
-        places = iter(range(3))
-
-        def write(some: Sequence[dict[str, np.ndarray]]) -> Any:
-            folder = Path(name) / str(next(places))
-            return write_cache(folder, model, params, some, method.kept, {})
-
-        cache = write(batches)
-
-        def read() -> None:
-            for batch in batches:
-                with_targets(cache, batch)
-
-        # What compiling costs is in both, so that the difference is that of the batches alone.
-        calls = {"read": read}
-        look_up = float(np.median(time_interleaved(calls, repeats)["read"])) / repeats
-        seconds = []
-        for count in (1, repeats):
-            (taken,) = time_interleaved_once(lambda count=count: write(batches[:count]))
-            seconds.append(taken)
-    return look_up, max(seconds[1] - seconds[0], 0.0) / max(repeats - 1, 1)
-
-
-def time_interleaved_once(call: Any) -> list[float]:
-    """Returns the seconds of one call, without one before it: what it writes must be new."""
-    import time
-
-    start = time.perf_counter()
-    call()
-    return [time.perf_counter() - start]
+    return runs
 
 
 def crossing(evaluations: Sequence[Mapping[str, Any]], target: float) -> float | None:
@@ -243,8 +180,16 @@ def seconds_to(step: float, name: str, costs: Mapping[str, Any]) -> float:
     )
 
 
-def before(name: str, costs: Mapping[str, Any]) -> float:
-    """Returns the seconds that pass before the first step: a teacher's training, its cache."""
+def besides(name: str, costs: Mapping[str, Any], step: float | None = None) -> float:
+    """Returns the seconds that are no step of the row: a teacher's training, its cache, shrinking.
+
+    Args:
+      name: of the row.
+      costs: as of `compress_costs.costs`.
+      step: up to which; None for all.
+    """
+    if name == SHRUNK:
+        return costs["shrink"] if step is None or step > SHRINK_AT else 0.0
     if name not in (ONLINE, CACHED):
         return 0.0
     taught = TEACHER_STEPS * costs["steps"][TEACHER]["seconds"]
@@ -274,7 +219,7 @@ def render(results: Results) -> list[str]:
         "steps",
         "seconds",
         "faster",
-        "before, s",
+        "besides, s",
         "faster in total",
     ]
     lines = [
@@ -294,7 +239,9 @@ def render(results: Results) -> list[str]:
         *lines,
         "",
         f"The smaller teacher has half of the layers and trained for {TEACHER_STEPS} steps. Its "
-        f"cache takes {1000 * cache:.0f} ms a batch to write, {1000 * look_up:.1f} ms to look up.",
+        f"cache takes {1000 * cache:.0f} ms a batch to write, {1000 * look_up:.1f} ms to look up. "
+        f"Shrinking reads {WINDOWS} windows first. Compiling is in no row's seconds; what shrinks "
+        "compiles twice.",
     ]
 
 
@@ -316,7 +263,7 @@ def _to(results: Results, name: str, target: float, costs: Mapping[str, Any]) ->
         base, own = seconds_to(dense, DENSE, costs), seconds_to(ours, name, costs)
         found["steps"].append(ours)
         found["ratios"].append(base / own)
-        found["total ratios"].append(base / (own + before(name, costs)))
+        found["total ratios"].append(base / (own + besides(name, costs, ours)))
     return found
 
 
@@ -324,8 +271,8 @@ def _row(name: str, found: Mapping[str, Any], costs: Mapping[str, Any]) -> list[
     step = costs["steps"][name]
     first, last = step["quartiles"]
     cost = f"{step['ratio']:.2f}x ({first:.2f} to {last:.2f})"
-    extra = before(name, costs)
     steps = float(np.mean(found["steps"])) if found["steps"] else None
+    extra = besides(name, costs)
     return [
         name,
         cost,

@@ -11,8 +11,21 @@ import numpy as np
 from model.config import TransformerConfig
 from model.flops import abstract_params
 from model.rules import path_of
+from train.settings import essential
 
 PyTree = Any
+
+
+def fields_of(config: TransformerConfig) -> dict[str, Any]:
+    """Returns what of a config is not at its default, for `model.config.config_from_dict`.
+
+    So a measurement keeps its key when configs get a field, as runs keep theirs.
+
+    >>> from model.presets import gpt2
+    >>> fields_of(gpt2(layers=6))
+    {'layers': 6, 'dropout': 0.1}
+    """
+    return {name: value for name, value in essential(config).items() if name != "class"}
 
 
 def random_weights(config: TransformerConfig, seed: int = 0, std: float = 0.05) -> PyTree:

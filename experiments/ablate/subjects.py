@@ -32,6 +32,7 @@ from train.tokenizers import load_tokenizer
 PyTree = Any
 WINDOWS = 128  # of calibration text, as in GPTQ, SparseGPT and Wanda
 STORIES_ROWS, STORIES_LENGTH, STORIES_START = 96, 256, 1
+KEPT = 3  # models of each kind in memory: one table after the other asks for every seed
 STORIES_FILES = ("stories260K.bin", "tok512.bin")
 
 
@@ -99,7 +100,7 @@ def judge(
     return quality(dense, (model, params), *texts, subject.finals)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=KEPT)
 def _base(cells: Path, seed: int, count: int) -> Subject:
     run = open_base(cells, seed)
     phase = run.settings.phases[-1]
@@ -113,7 +114,7 @@ def _base(cells: Path, seed: int, count: int) -> Subject:
     return Subject(run.model, run.params, *texts, before_head((run.model, run.params), texts[1]))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=KEPT)
 def _stories(folder: Path, seed: int, rows: int, length: int, count: int) -> Subject:
     if missing := [name for name in STORIES_FILES if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {' and '.join(missing)} of karpathy/tinyllamas")
