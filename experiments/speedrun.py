@@ -10,12 +10,21 @@ writes JSON, Markdown and a picture of loss against time.
     python -m experiments.speedrun --scale cpu --rung muon --seeds 3
     python -m experiments.speedrun --scale cpu --data tinyshakespeare.txt
 
-climbs the ladder: two baselines in torch (extra `baseline`), then a technique a rung, each on top
-of those that are kept below it (`experiments/ladder/rungs.py`). Under an hour on two cores once the
-baselines have run. Finished runs are kept in experiments/results/speedrun-SCALE.json and do not run
-again; Markdown and pictures beside it are made from it alone.
+climbs the ladder: baselines in torch (extra `baseline`), then a technique a rung, each on top of
+those that are kept below it (`experiments/ladder/rungs.py`). Under an hour on two cores once the
+baselines have run. Their targets are means over as many seeds as the scale says (five at cpu),
+which run before any rung, so that they never move. Finished runs are kept in
+experiments/results/speedrun-SCALE.json and do not run again; Markdown and pictures beside it are
+made from it alone. What fails is named at the end, and the rest goes on.
 
-    python -m experiments.speedrun --scale cpu --tune muon         # the trials of one rung
+    python -m experiments.speedrun --scale cpu --held-out test --rung cautious for-hf --seeds 5
+
+opens the test split for the rungs named, once they are chosen: their runs are trained once more at
+the lengths that suited the validation split, on which all else is measured.
+
+    python -m experiments.speedrun --scale cpu --tune all          # the trials of both sides
+    python -m experiments.speedrun --scale cpu --tune muon         # those of one rung
+    python -m experiments.speedrun --scale cpu --tuned             # the ladder with what they chose
     python -m experiments.speedrun --scale cpu --sizes             # rungs at four sizes, and a fit
     python -m experiments.speedrun --scale cpu --side-by-side      # steps alone, in turn
 """
@@ -31,6 +40,7 @@ from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.ladder.command import Ladder, run_ladder
 from experiments.ladder.demo import run_demo
+from experiments.ladder.scales import HeldOut
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,16 @@ class Speedrun:
       out: folder of the runs, those of the demo and its results; runs/speedrun-SCALE by default.
       seed: of all runs of the demo.
       fresh: forget earlier results of this command and run again.
-      rung: those to run, baselines by their names torch and torch-tuned; all by default.
+      rung: those to run, baselines by their names torch, torch-tuned and torch-tuned-compiled; all
+        by default.
       seeds: how many, from 0, for the ladder.
       data: sources in place of the scale's; a file of text is read as bytes.
       tokenizer: in place of the scale's, or of bytes.
       max_minutes: begin no further run after so long.
-      tune: a rung whose trials are run in place of the ladder.
+      held_out: what is reported on; "test" opens the test split for the rungs named, at the
+        lengths that were found on the validation split.
+      tuned: take the choices of the trials on record in place of those in `scales.py`.
+      tune: rungs, torch-tuned or all, whose trials are run in place of the ladder.
       sizes: measure rungs at four sizes in place of the ladder.
       side_by_side: time the steps of rungs and of the tuned baseline in turn, in place of the runs.
       results: where JSON, Markdown and pictures of the ladder lie.
@@ -62,7 +76,9 @@ class Speedrun:
     data: tuple[str, ...] = ()
     tokenizer: str | None = None
     max_minutes: float | None = None
-    tune: str | None = None
+    held_out: HeldOut = "validation"
+    tuned: bool = False
+    tune: tuple[str, ...] = ()
     sizes: bool = False
     side_by_side: bool = False
     results: Path = Path(__file__).parent / "results"
@@ -97,6 +113,8 @@ def ladder_of(command: Speedrun, cells: Path) -> Ladder:
         data=command.data,
         tokenizer=command.tokenizer,
         max_minutes=command.max_minutes,
+        held_out=command.held_out,
+        tuned=command.tuned,
         tune=command.tune,
         sizes=command.sizes,
         side_by_side=command.side_by_side,
@@ -108,8 +126,8 @@ def ladder_of(command: Speedrun, cells: Path) -> Ladder:
 def check_demo(command: Speedrun) -> None:
     """Raises ValueError for what the demo does not know."""
     plain = Speedrun()
-    ladder = ("rung", "seeds", "data", "tokenizer", "max_minutes", "tune", "sizes")
-    names = (*ladder, "side_by_side", "results")
+    ladder = ("rung", "seeds", "data", "tokenizer", "max_minutes", "tune", "tuned", "sizes")
+    names = (*ladder, "held_out", "side_by_side", "results")
     if given := [name for name in names if getattr(command, name) != getattr(plain, name)]:
         flag = given[0].replace("_", "-")
         raise ValueError(f"the demo has no --{flag}; give --scale cpu or gpu with it")

@@ -17,14 +17,30 @@ from experiments.grid import Cell
 from model.flops import parameter_count
 from model.presets import modern_tiny
 from train.optimizers import OPTIMIZERS
-from train.optimizers.table import RATE_GRIDS
+from train.optimizers.table import RATE_GRIDS, VARIANTS
 from train.schedules import InverseTime, Linear
 from train.tokenizers import load_tokenizer
 
 
 def test_every_optimizer_stands_in_the_table_and_the_missions_first():
     assert NAMES[:4] == MISSION == (CLASSIC, "adam", "adamw", "adamax")
-    assert set(NAMES) == {CLASSIC, *OPTIMIZERS}
+    assert set(NAMES) == {CLASSIC, *OPTIMIZERS, *VARIANTS}
+
+
+def test_what_is_exchanged_in_an_optimizer_is_a_row_of_its_own():
+    changes = {
+        "muon, Polar Express": {"newton_schulz_coefficients": "polar_express"},
+        "muon, cautious decay": {"cautious_decay": True},
+        "adamw, cautious steps": {"cautious": True},
+        "adamw, tail average": {"tail_fraction": 0.2},
+    }
+    assert set(changes) == set(VARIANTS)
+    for name, change in changes.items():
+        own, plain = trials(name), trials(name.split(", ")[0])
+        for one, other in zip(own, plain, strict=True):
+            optimizer = dataclasses.replace(other.settings.optimizer, **change)
+            assert one.settings == dataclasses.replace(other.settings, optimizer=optimizer)
+            assert one.key != other.key
 
 
 def test_trials_differ_in_their_rate_alone():
@@ -72,8 +88,11 @@ def test_a_run_is_made_at_the_best_rate_that_did_not_diverge(tmp_path, monkeypat
     for cell in trials("adamw"):
         write(cell, tmp_path, losses[f"{cell.settings.optimizer.learning_rate:g}"])
     monkeypatch.setattr(optimizers, "run_cells", fake)
-    found = optimizers.tuned_run(tmp_path, {"optimizer": "adamw", "seed": 2})
+    of_table = next(item for item in cells(Request(seeds=3)) if item.name == "adamw")
+    about = {**of_table.settings, "seed": 2}
+    found = optimizers.tuned_run(tmp_path, about)
     assert (ran[0].optimizer.learning_rate, ran[0].seed) == (0.001, 2)
+    assert (ran[0].held_out, trials("adamw")[0].settings.held_out) == ("test", "validation")
     assert len(ran) == 1  # the best is at neither end
     assert (found["rate"], found["loss"]) == (0.001, 2.0)
     assert [loss for _, loss in found["tried"]][:3] == [3.0, 2.5, 2.75]
@@ -177,7 +196,9 @@ def test_the_best_rate_is_read_off_a_parabola():
 def test_ways_differ_in_mup_alone_and_agree_at_the_base_width():
     by_way = {way: topic.settings_at(64, 0.01, way, 0) for way in topic.WAYS}
     assert dataclasses.replace(by_way["muP"], mup=None) == by_way["standard"]
-    assert by_way["muP"].mup.base_width == topic.WIDTHS[0] == 32
+    assert by_way["muP"].mup.base_width == topic.WIDTHS[0]
+    assert (topic.TUNED, topic.WIDE) == (128, 512)
+    assert {128, 512} <= set(topic.WIDTHS)
 
 
 def test_the_table_of_widths_says_how_far_the_best_rate_wanders():
@@ -190,18 +211,20 @@ def test_the_table_of_widths_says_how_far_the_best_rate_wanders():
                 found[f"{way}, width {width}, rate {rate:.4g}"] = {0: {"loss": loss}}
     results = Results(found)
     lines = topic.render(results)
-    assert any(re.match(r"\| standard \| 4\.00x", line) for line in lines)
-    assert any(re.match(r"\| muP \| 1\.00x", line) for line in lines)
+    assert any(re.match(r"\| standard \| 4\.00x \| 0\.40x", line) for line in lines)
+    assert any(re.match(r"\| muP \| 1\.00x \| 1\.00x", line) for line in lines)
     assert topic.picture(results) is not None
-    assert len({cell.key for cell in topic.cells(Request(seeds=2))}) == 2 * 2 * 4 * 8
+    assert len({cell.key for cell in topic.cells(Request(seeds=2))}) == 2 * 2 * 4 * 6
 
 
 @pytest.mark.slow
 def test_both_topics_run_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERANDO_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text.txt"
+    text = tmp_path / "texts"
+    text.mkdir()
     draw = np.random.default_rng(0)
-    text.write_text("".join(chr(97 + c) for c in draw.integers(0, 6, 20_000)))
+    for number in range(100):  # enough documents for each split to have some
+        (text / f"{number}.txt").write_text("".join(chr(97 + c) for c in draw.integers(0, 6, 400)))
     for module in (optimizers, topic):
         monkeypatch.setattr(module, "DATA", (str(text),))
         monkeypatch.setattr(module, "TOKENIZER", "bytes")
@@ -210,9 +233,10 @@ def test_both_topics_run_at_tiny_size(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "LENGTH", 16)
     monkeypatch.setattr(optimizers, "WARMUP", 2)
     monkeypatch.setattr(optimizers, "VOCABULARY", 257)
-    monkeypatch.setattr(optimizers, "NAMES", (CLASSIC, "adamw"))
+    monkeypatch.setattr(optimizers, "NAMES", (CLASSIC, "adamw", "adamw, tail average"))
     monkeypatch.setattr(optimizers, "MODEL", modern_tiny(layers=1, max_length=16))
     monkeypatch.setattr(topic, "WIDTHS", (16, 32))
+    monkeypatch.setattr(topic, "HEAD", 16)
     monkeypatch.setattr(topic, "RATES", (0.01, 0.1))
     for module in (optimizers, topic):
         gathered = Gathered({})

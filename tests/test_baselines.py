@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import replace
 
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from experiments.baselines import cells as baseline_cells
-from experiments.baselines import tune
 from experiments.baselines.__main__ import OPTIMIZERS, Baseline, baseline_of
 from experiments.baselines.cells import BaselineCell, read_baseline, run_baseline, run_baselines
 from experiments.baselines.settings import (
@@ -242,49 +240,3 @@ def test_the_command_is_the_missions_baseline_by_default():
     assert baseline_of(command)[0].settings.optimizer.learning_rate == 1e-4
     assert baseline.settings.phases[0].model.dropout == 0.1
     assert (baseline.settings.steps, loop.target_loss) == (7, 2.0)
-
-
-FOUND = (3.0, 2.5, 2.6, math.nan, 9.0, 3.1, 2.7, 2.6, 2.9, math.inf)
-TRIALS = tune.first_round((1e-3, 2e-3, 3e-3, 4e-3, 5e-3), ("linear", "cosine"))
-LOSSES = dict(zip(TRIALS, FOUND, strict=True))
-
-
-def test_the_sweep_tries_every_rate_with_every_schedule_at_one_budget():
-    assert len(LOSSES) == 10
-    cells = [tune.cell_of(trial, DEMO, 40) for trial in LOSSES]
-    assert len({cell.key for cell in cells}) == 10
-    assert {cell.baseline.settings.steps for cell in cells} == {40}
-    assert {cell.baseline.settings.schedule for cell in cells} == {Linear(2), Cosine(2, 0.1)}
-    with pytest.raises(ValueError, match="4 rates and 2 schedules do not tune a baseline"):
-        tune.first_round((1.0, 2.0, 3.0, 4.0), ("linear", "cosine"))
-    with pytest.raises(ValueError, match="no schedule 'step'; there are linear, cosine, constant"):
-        tune.schedule_of("step", 10)
-
-
-def test_the_second_round_starts_from_the_best_trial_and_edges_are_said():
-    best = tune.best_of(LOSSES)
-    assert best == tune.Trial(2e-3, "linear")
-    second = tune.second_round(best, (0.95, 0.98), (0.0, 0.1))
-    assert {(t.learning_rate, t.schedule) for t in second} == {(2e-3, "linear")}
-    assert best in second  # which has run already
-    losses = dict(zip(second, (2.4, 2.45, 2.6, 2.5), strict=True))
-    text = tune.report(tune.Tune(steps=40), (LOSSES, losses))
-    assert "| 0.001 | 3.0000 | 3.1000 |" in text
-    assert "| 0.002 | **2.5000** | 2.7000 |" in text
-    assert "Chosen: **linear 0.002, b2 0.95, decay 0**, 2.4000." in text
-    assert text.count("Widen the grid") == 1
-    assert "Widen the grid: b2 0.95 is the lowest that was tried." in text
-    with pytest.raises(ValueError, match="every trial diverged"):
-        tune.best_of({best: math.nan})
-
-
-@pytest.mark.hf
-def test_the_sweep_runs_and_writes(tmp_path, text, monkeypatch, capsys):
-    words = f"--steps 4 --rates 1e-3 2e-3 3e-3 4e-3 5e-3 --moments 0.98 --decays 0.1 --data {text}"
-    words += f" --layers 1 --width 16 --heads 2 --batch-size 2 --sequence-length 8 --out {tmp_path}"
-    monkeypatch.setattr("sys.argv", ["tune", *words.split(), "--tokenizer", "bytes"])
-    tune.main()
-    content = json.loads((tmp_path / "tune.json").read_text())
-    assert len(content["trials"]) == 10
-    assert content["best"]["learning_rate"] in content["command"]["rates"]
-    assert (tmp_path / "tune.md").read_text().strip() in capsys.readouterr().out

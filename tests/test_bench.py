@@ -169,8 +169,15 @@ def test_the_training_table_gives_ratios_shares_of_the_peak_and_memory():
     settings = {"shape": shape_to_json(TINY), "rounds": 2, "steps": 2}
     text = train_step.text([measured(settings, training_values())])
     # 2 steps of 32 tokens of 2 operations each in a second, of 256
-    assert "| 3.0 M | torch eager | 2.50x (2.25 to 2.75) | 50% | 20% | 0.50x | 0.0000 |" in text
+    assert "| 3.0 M | torch eager | 2.50x (2.25 to 2.75) | 50% | 20% | 0.50x | 0.0000 | 1 |" in text
     assert "| 3.0 M | torch.compile | 0.50x (0.50 to 0.50) | 50% | 100% | 0.33x |" in text
+
+
+@pytest.mark.parametrize("name", ["3m", "12m", "124m-cuda"])
+def test_the_first_hundred_losses_of_both_sides_are_compared(name):
+    (measurement,) = train_step.train_table(name).measurements
+    settings = measurement.settings
+    assert settings["warmup"] + settings["rounds"] * settings["steps"] >= 100
 
 
 def test_growth_is_fitted_beside_the_operations_and_what_exceeds_them_is_said():

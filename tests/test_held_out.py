@@ -58,11 +58,15 @@ def test_a_split_that_is_not_there_is_refused_before_anything_trains(tmp_path, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_ladder_reports_on_what_its_trials_have_not_seen(tmp_path):
+def test_the_ladder_opens_the_test_split_where_it_is_told_to_alone(tmp_path):
     (tmp_path / "one.txt").write_text("a b c " * 200)
-    for name in ("torch-tuned", "muon"):
-        job = job_of(CPU, name, CPU.tokens, 0)
-        settings = job.baseline.settings if name == "torch-tuned" else job.settings
-        assert settings.held_out == "test"
-    whole = scale_of(Ladder("cpu", tmp_path, data=(str(tmp_path / "one.txt"),)))
-    assert job_of(whole, "muon", CPU.tokens, 0).settings.held_out == "validation"
+    for split, fields in (("validation", {}), ("test", {"held_out": "test"})):
+        for name in ("torch-tuned", "muon"):
+            job = job_of(scale_of(Ladder("cpu", tmp_path, **fields)), name, CPU.tokens, 0)
+            settings = job.baseline.settings if name == "torch-tuned" else job.settings
+            assert settings.held_out == split
+    with pytest.raises(ValueError, match=r"is split in two, .* and has no test split"):
+        scale_of(Ladder("cpu", tmp_path, data=(str(tmp_path / "one.txt"),), held_out="test"))
+    (tmp_path / "many.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    many = Ladder("cpu", tmp_path, data=(str(tmp_path / "many.jsonl"),), held_out="test")
+    assert scale_of(many).held_out == "test"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,33 +13,42 @@ from experiments.ablate.report import read
 from experiments.baselines.cells import BaselineCell
 from experiments.grid import Cell
 from experiments.ladder import command as ladder_command
-from experiments.ladder import rows, rungs
-from experiments.ladder.child import FACTS, job_from_json, job_to_json, run_here
+from experiments.ladder import report, rows, rungs
+from experiments.ladder.child import job_from_json, job_to_json, run_here
 from experiments.ladder.climb import (
     BASELINES,
     TORCH,
+    TORCH_COMPILED,
     TORCH_TUNED,
     Site,
+    changed_since,
     climb,
+    enough,
     job_of,
     lengths_of,
     recipe_for,
+    recipe_key,
 )
-from experiments.ladder.command import Ladder, run_ladder
+from experiments.ladder.command import run_ladder
 from experiments.ladder.measure import Reached, fastest, reached
 from experiments.ladder.recipe import Ramp, Recipe
+from experiments.ladder.report import render
 from experiments.ladder.rungs import RUNGS, below, formats_of, recipe_of
 from experiments.ladder.scales import CPU, GPU, SCALES, TINY
+from experiments.ladder.side_by_side import item_of, speed_against, speed_of
 from experiments.ladder.sizes import line, scales_of
-from experiments.run import write_json
 from experiments.speedrun import Speedrun, check_demo, ladder_of
 from model.presets import gpt2_tiny
+from tests.ladder_cases import NAMES, WEIGHTS, Counting, cells_of, fake, ladder
 from train.optimizers import Adam
 from train.schedules import Linear
 from train.settings import to_json
-from train.tokenizers import load_tokenizer
 
-NAMES = [*BASELINES, *(rung.name for rung in RUNGS)]
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Which take longer than all else here."""
+    monkeypatch.setattr(ladder_command, "draw", lambda site, path: False)
 
 
 def recipe(**fields):
@@ -165,51 +175,27 @@ def row(name, seconds):
 
 def test_ratios_are_of_paired_seeds():
     ours, theirs = row("a", {0: 2.0, 1: 4.0, 2: 1.0}), row("b", {0: 6.0, 1: 8.0})
-    mean, error, pairs = rows.ratio(ours, theirs)
-    assert (mean, error, pairs) == (2.5, 0.5, 2)
-    mean, _, _ = rows.ratio(ours, theirs, "compiled")
-    assert mean == np.mean([7 / 3, 9 / 5])
-    assert math.isnan(rows.ratio(ours, row("c", {}))[0])
+    found = rows.ratio(ours, theirs)
+    assert (found.mean, found.error, found.pairs) == (2.5, 0.5, 2)
+    assert rows.ratio(ours, theirs, "compiled").mean == np.mean([7 / 3, 9 / 5])
+    assert math.isnan(rows.ratio(ours, row("c", {})).mean)
 
 
-WEIGHTS = {name: 1.0 - 0.03 * number for number, name in enumerate(NAMES)}
+def test_the_p_value_is_of_a_paired_t_test_of_logarithms():
+    from scipy.stats import ttest_rel
 
-
-def fake(job, folder):
-    """Learns by a power law; a step takes as long as the rung is high, and torch twice as long."""
-    name, _, rest = job.name.partition(", ")
-    tokens = int(rest.split()[0].replace(",", ""))
-    settings = job.baseline.settings if isinstance(job, BaselineCell) else job.settings
-    out = folder / job.key
-    load_tokenizer("bytes").save(out / "tokenizer")
-    lines, last = [], settings.steps
-    every = job.loop.evaluate_every or last
-    for step in sorted({*range(every, last, every), last}):
-        share = step / last
-        bits = 30 * WEIGHTS[name] * (share * tokens) ** -0.2 + 0.001 * settings.seed
-        if name == TORCH:
-            bits += 3
-        clock = {"data": 0.0, "step": 0.01 * step, "compile": 5.0}
-        facts = {"loss": bits, "bits_per_byte": bits, "seconds": 6 + 0.01 * step, "clock": clock}
-        lines.append(json.dumps({"kind": "evaluation", "step": step, **facts}) + "\n")
-    (out / "metrics.jsonl").write_text("".join(lines))
-    result = {"reason": "finished", "step": last, "seconds": {}, "evaluation": {}}
-    write_json(out / "result.json", result)
-    write_json(out / FACTS, {"machine": {"cores": 2}, "peak_bytes": 5e8})
-
-
-class Counting:
-    def __init__(self):
-        self.ran = []
-
-    def __call__(self, job, folder):
-        self.ran.append(job.name)
-        fake(job, folder)
-
-
-def ladder(tmp_path, **fields):
-    places = {"cells": tmp_path / "cells", "results": tmp_path / "results", "run": Counting()}
-    return Ladder("tiny", **{**places, **fields})
+    ours = row("a", {0: 2.0, 1: 4.0, 2: 1.0, 3: 3.0})
+    theirs = row("b", {0: 3.0, 1: 4.5, 2: 1.9, 3: 3.1})
+    found = rows.ratio(ours, theirs)
+    logs = [np.log([2.0, 4.0, 1.0, 3.0]), np.log([3.0, 4.5, 1.9, 3.1])]
+    expected = ttest_rel(logs[1], logs[0])
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.errors == pytest.approx(expected.statistic)
+    back = rows.ratio(theirs, ours)
+    assert (back.p, back.errors) == (pytest.approx(found.p), pytest.approx(-found.errors))
+    same = rows.ratio(row("a", {0: 1.0, 1: 2.0}), row("b", {0: 1.0, 1: 2.0}))
+    assert (same.errors, same.p) == (0.0, 1.0)
+    assert math.isnan(rows.ratio(row("a", {0: 1.0}), row("b", {0: 2.0})).p)
 
 
 def test_the_whole_ladder_is_climbed_once_and_written_from_the_json_alone(tmp_path):
@@ -220,7 +206,7 @@ def test_the_whole_ladder_is_climbed_once_and_written_from_the_json_alone(tmp_pa
     content = text.read_text()
     for name in chosen:
         assert f"| {name} | 3 of 3 |" in content or f"| {name} | 0 of 3 |" in content, name
-    assert "torch-tuned | 3 of 3 | 48 |" in content
+    assert cells_of(content, "torch-tuned")[1:3] == ["3 of 3", "48 ± 0"]
     assert "not what the recipe does" in content  # of rungs that pay here and are not kept
     found = read(path)
     site = Site(TINY, tmp_path, found)
@@ -233,7 +219,7 @@ def test_the_whole_ladder_is_climbed_once_and_written_from_the_json_alone(tmp_pa
     assert text.read_text() == content
     fresh = ladder(tmp_path, rungs=("torch",), cells=tmp_path / "fresh", fresh=True)
     run_ladder(fresh)
-    assert len(fresh.run.ran) == 2  # both baselines: there has to be a target
+    assert len(fresh.run.ran) == 2 * TINY.target_seeds  # both baselines: there has to be a target
     assert "| muon |" not in text.read_text()
 
 
@@ -246,7 +232,7 @@ def test_later_seeds_take_the_length_that_suited_the_first(tmp_path):
     target = lengths[best]["points"][-1]["bits"] + 0.0015
     assert list(climb(site, "muon", 1, target)) == [best]
     third = list(climb(site, "muon", 2, target))  # a little too high there
-    assert third[0] == best < third[1]
+    assert third[0] == best < third[1] <= best * 2**0.25 + TINY.search.quantum / 2
 
 
 def test_a_baseline_counts_with_all_of_its_run_where_a_seed_ends_above_the_mean(tmp_path):
@@ -254,7 +240,7 @@ def test_a_baseline_counts_with_all_of_its_run_where_a_seed_ends_above_the_mean(
     for seed in range(4):
         site.outcome(TORCH_TUNED, TINY.tokens, seed)
     target = rows.mean_end(site, TORCH_TUNED)
-    assert set(rows.row_of(site, TORCH_TUNED, target).reached) == {0, 1}
+    assert set(rows.row_of(site, TORCH_TUNED, target).reached) == {0}
     found = rows.row_of(site, TORCH_TUNED, target, TORCH_TUNED)
     assert found.reached[2].steps == TINY.steps
 
@@ -268,24 +254,6 @@ def test_a_baseline_that_never_arrives_gives_a_lower_bound(tmp_path):
     ours = rows.row_of(site, "muon", target)
     whole = lengths_of(site, TORCH, 0)[TINY.tokens]["points"][-1]["training"]
     assert rows.at_least(site, ours, TORCH) == whole / ours.reached[0].training
-
-
-def test_trials_are_listed_best_first(tmp_path):
-    def tuned(job, folder):
-        fake(dataclasses.replace(job, name=f"muon, {job.settings.steps * 128:,} tokens"), folder)
-        path = folder / job.key / "metrics.jsonl"
-        rate = job.settings.optimizer.learning_rate
-        bits = 2 + abs(math.log(rate / 0.04))
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        lines = [json.dumps({**each, "bits_per_byte": bits}) for each in rows]
-        path.write_text("\n".join(lines) + "\n")
-
-    text = run_ladder(ladder(tmp_path, tune="muon", run=tuned))[1].read_text()
-    listed = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| rate")]
-    assert len(listed) == 10
-    assert listed[0].startswith("rate 0.04")
-    with pytest.raises(ValueError, match="nothing to tune"):
-        run_ladder(ladder(tmp_path, tune="softcap"))
 
 
 def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
@@ -336,7 +304,11 @@ def test_sizes_cover_what_was_asked_for():
         ({"rungs": ("muons",)}, "no rung is called 'muons'"),
         ({"seeds": 0}, "give at least 1"),
         ({"scale": "gpu"}, "has no data of its own"),
-        ({"tune": "muon", "sizes": True}, "three commands"),
+        ({"tune": ("muon",), "sizes": True}, "three commands"),
+        ({"tune": ("softcap",)}, "softcap has nothing to tune; there are trials for torch-tuned"),
+        ({"held_out": "test", "sizes": True}, "never see the test split"),
+        ({"held_out": "test"}, "opened for rungs that are named"),
+        ({"tuned": True}, "are not all on record"),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(tmp_path, fields, says):
@@ -368,6 +340,196 @@ def test_the_demo_refuses_what_is_the_ladders(tmp_path):
         ladder_of(Speedrun(scale="cpu", seed=1), tmp_path)
 
 
+def test_a_target_never_moves_with_the_seeds_of_the_rungs(tmp_path, no_pictures):
+    run_ladder(ladder(tmp_path, rungs=("rate",)))
+    path = tmp_path / "results" / "speedrun-tiny.json"
+    site = Site(TINY, tmp_path, read(path))
+    ends = [lengths_of(site, TORCH_TUNED, s)[TINY.tokens]["points"][-1]["bits"] for s in range(2)]
+    before = [rows.mean_end(site, name) for name in (TORCH, TORCH_TUNED)]
+    assert before[1] == np.mean(ends)
+    run_ladder(ladder(tmp_path, rungs=("torch", "torch-tuned"), seeds=4))
+    again = Site(TINY, tmp_path, read(path))
+    assert len(rows.curves_of(again, TORCH_TUNED)) == 4
+    assert [rows.mean_end(again, name) for name in (TORCH, TORCH_TUNED)] == before
+
+
+def with_rate(rate):
+    muon = dataclasses.replace(TINY.choices.muon, learning_rate=rate)
+    return TINY.at(choices=dataclasses.replace(TINY.choices, muon=muon))
+
+
+def test_runs_of_an_older_recipe_are_in_no_row(tmp_path):
+    gathered = Gathered({})
+    old, new = (Site(with_rate(r), tmp_path, gathered, run=fake) for r in (0.02, 0.03))
+    old.outcome("muon", 4096, 0)
+    new.outcome("muon", 6144, 0)
+    new.outcome("rate", 4096, 0)
+    assert (list(lengths_of(old, "muon", 0)), list(lengths_of(new, "muon", 0))) == ([4096], [6144])
+    assert changed_since(new) == {"muon": 1}
+    assert list(lengths_of(old, "rate", 0)) == [4096]  # which builds on no Muon
+    kept = Site(with_rate(0.03), tmp_path, Gathered(json.loads(json.dumps(gathered.content()))))
+    assert list(lengths_of(kept, "muon", 0)) == [6144]
+
+
+def test_a_run_of_two_recipes_stands_in_the_rows_of_both(tmp_path):
+    """At a budget at which a share of the steps rounds to nothing, say."""
+    site = Site(TINY, tmp_path, Gathered({}), run=fake)
+    job = job_of(TINY, "muon", 4096, 0)
+    for recipe_ in ("one", "two", "one"):
+        values = site.take(job, "table", 0, recipe_)
+    assert values["recipes"] == ["one", "two"]
+
+
+def test_steps_side_by_side_count_for_todays_recipes_alone(tmp_path):
+    site = Site(with_rate(0.02), tmp_path, Gathered({}))
+    put_speeds(site, {"muon": 0.5, TORCH: 0.8})
+    assert speed_of(site, "muon") == 0.5
+    assert speed_of(dataclasses.replace(site, scale=site.scale.at(held_out="test")), "muon") == 0.5
+    assert speed_of(dataclasses.replace(site, scale=with_rate(0.03)), "muon") is None
+    assert speed_against(site, "muon", TORCH) == pytest.approx(0.5 / 0.8)
+
+
+def put_speeds(site, speeds):
+    for name, ratio in speeds.items():
+        item = item_of(site, name)
+        recipes = [recipe_key(site.scale, each) for each in (name, TORCH_TUNED)]
+        site.gathered.add(item, {"ratio": ratio, "recipes": recipes}, {})
+        table = site.gathered.index.setdefault(site.table, {})
+        table[item.name] = {"0": item.key}
+
+
+def test_what_fails_is_named_at_the_end_and_the_rest_goes_on(tmp_path, no_pictures):
+    chosen = ("rate", "batch-warmup", "muon")
+    for error in (RuntimeError, ValueError):
+        command = ladder(tmp_path / error.__name__, rungs=chosen, seeds=2)
+        command = dataclasses.replace(command, run=Counting(("batch-warmup",), error=error))
+        with pytest.raises(ValueError, match=r"2 failed, .*batch-warmup, seed 1 \(.*no power") as e:
+            run_ladder(command)
+        assert "muon" not in str(e.value)
+        text = (tmp_path / error.__name__ / "results" / "speedrun-tiny.md").read_text()
+        assert cells_of(text, "muon")[1] == "2 of 2"
+        assert "| batch-warmup |" not in text
+    stopped = ladder(tmp_path / "stopped", rungs=chosen)
+    stopped = dataclasses.replace(stopped, run=Counting(("rate",), error=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_ladder(stopped)
+    assert not any(name.startswith("muon") for name in stopped.run.ran)
+
+
+def test_without_a_baseline_nothing_is_climbed(tmp_path, no_pictures):
+    command = dataclasses.replace(ladder(tmp_path, rungs=("muon",)), run=Counting(("torch",)))
+    with pytest.raises(ValueError, match="a baseline, without which there is no target"):
+        run_ladder(command)
+    assert command.run.ran == [f"torch, {TINY.tokens:,} tokens"]
+
+
+def test_the_compiled_baseline_takes_the_lengths_of_the_eager_one(tmp_path, no_pictures):
+    command = ladder(tmp_path, rungs=("torch-tuned", "torch-tuned-compiled"), seeds=2)
+    run_ladder(command)
+    site = Site(TINY, tmp_path, read(tmp_path / "results" / "speedrun-tiny.json"))
+    first = rows.mean_end(site, TORCH)
+    for seed in range(2):
+        found = list(lengths_of(site, TORCH_COMPILED, seed))
+        assert found == sorted({TINY.tokens, enough(site, TORCH_TUNED, seed, first)})
+        assert len(found) == 2
+    jobs = [job_of(CPU, name, CPU.tokens, 0) for name in (TORCH_TUNED, TORCH_COMPILED)]
+    assert [job.baseline.mode for job in jobs] == ["eager", "compile"]
+    assert jobs[0].baseline.settings == jobs[1].baseline.settings
+    with pytest.raises(ValueError, match="no rung is called 'torch-tuned-compiled'"):
+        run_ladder(
+            dataclasses.replace(ladder(tmp_path, data=("a",), rungs=(TORCH_COMPILED,)), scale="gpu")
+        )
+
+
+def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures):
+    chosen = (*BASELINES, "jax", "rate", "batch", "muon", "softcap")
+    path, text, *_ = run_ladder(ladder(tmp_path, rungs=chosen, seeds=3))
+    gathered = read(path)
+    site = Site(TINY, tmp_path, gathered)
+    speeds = {"muon": 0.5, TORCH: 0.8, TORCH_COMPILED: 1.2}
+    put_speeds(site, speeds)
+    speeds[TORCH_TUNED] = 1.0  # which all are measured against
+    text = "\n".join(render(site, path))
+    for baseline in (TORCH_TUNED, TORCH):
+        target = rows.mean_end(site, baseline)
+        found = {n: rows.row_of(site, n, target, baseline) for n in chosen}
+        after = text[text.index(f"{target:.4f} bits per byte") :]
+        head, *_ = (line for line in after.splitlines() if line.startswith("| rung | to below"))
+        names = [cell.strip() for cell in head.split("|")[1:-1]]
+        assert names[3::4] == [f"to {name}" for name in BASELINES]
+        cells = cells_of(after, "muon", "| rung | to below")
+        assert len(cells) == len(names) == 15
+        for number, name in enumerate(BASELINES):
+            whole, _, compiled, beside = cells[3 + 4 * number : 7 + 4 * number]
+            if (name, baseline) == (TORCH, TORCH_TUNED):  # which never gets there
+                assert all(each.startswith("> ") for each in (whole, compiled, beside))
+                continue
+            mean = rows.ratio(found["muon"], found[name]).mean
+            assert whole == f"{mean:.2f} ± {rows.ratio(found['muon'], found[name]).error:.2f}x"
+            assert compiled.startswith(
+                f"{rows.ratio(found['muon'], found[name], 'compiled').mean:.2f}"
+            )
+            tokens = rows.ratio(found["muon"], found[name], "tokens").mean
+            assert beside == f"{tokens * 0.5 / speeds[name]:.2f}x"
+    for what in (f"To {TORCH_TUNED}, seconds of training:", "and compiling:", f"To {TORCH}, secon"):
+        assert what in text
+
+
+def test_only_rows_that_looked_for_a_loss_are_compared_with_the_row_below(tmp_path, no_pictures):
+    chosen = (*BASELINES, "jax", "rate", "batch", "block")
+    text = run_ladder(ladder(tmp_path, rungs=chosen))[1].read_text()
+    second, first = text.split("### To the end of the first baseline")
+    for name, there in (("rate", True), ("batch", False), ("block", False)):
+        assert bool(cells_of(first, name, "| rung | to below")[1]) == there
+        assert cells_of(second, name, "| rung | to below")[1]
+    assert "###" in first
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept", "says"),
+    [
+        ((1.0, 1.1, 1.2), True, r"yes, 1\.\d+ ± 0\.\d+x, p 0\.\d+$"),
+        ((1.0, 1.1, 1.2), False, r"not what the recipe does"),
+        ((2.0, 2.1, 2.2), True, r"no, .*\(\*\*not what the recipe does"),
+        ((2.0, 2.1, 2.2), False, r"no, 0\.\d+ ± 0\.\d+x, p 0\.\d+$"),
+        ((1.4, 1.6, 1.5), True, r"unclear, .*\(\*\*kept without proof"),
+        ((1.4, 1.6, 1.5), False, r"unclear, .* p 0\.\d+$"),
+        ((1.0, 1.1), True, r"no verdict from 2 seeds, 1\.\d+"),
+    ],
+)
+def test_a_verdict_needs_two_standard_errors_over_three_seeds(monkeypatch, seconds, kept, says):
+    name = "muon" if kept else "length"
+    mine, under = row(name, dict(enumerate(seconds))), row("x", {0: 1.5, 1: 1.52, 2: 1.51})
+    monkeypatch.setattr(report, "row_of", lambda site, *args: under)
+    monkeypatch.setattr(report, "mean_end", lambda *args: 1.0)
+    word, found = report.verdict(None, mine)
+    assert word == ("yes" if kept else "no")
+    assert re.search(says, found), found
+
+
+def test_the_report_names_text_threads_and_trials(tmp_path, no_pictures):
+    content = run_ladder(ladder(tmp_path, rungs=("rate",)))[1].read_text()
+    assert "* text: a text, sha256 c0ffee" in content
+    assert "* threads: torch 2, ours 2" in content
+    assert "The choices are guesses" in content
+
+
+def test_a_run_without_an_evaluation_is_drawn_all_the_same(tmp_path):
+    def none(job, folder):
+        fake(job, folder)
+        if job.name.startswith("muon"):
+            (folder / job.key / "metrics.jsonl").write_text("")
+
+    path, text, picture = run_ladder(ladder(tmp_path, rungs=("rate", "muon"), run=none))
+    assert picture.exists()
+
+
+def test_untying_late_is_the_only_thing_that_its_rung_changes():
+    for scale in (CPU, TINY):
+        mine, under = recipe_of("untie", scale), recipe_of(below("untie"), scale)
+        assert dataclasses.replace(mine, ramps=under.ramps) == under
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [rung.name for rung in RUNGS])
 def test_every_rung_trains_at_tiny_size(name, tmp_path, monkeypatch):
@@ -376,7 +538,7 @@ def test_every_rung_trains_at_tiny_size(name, tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
     text.write_text("".join(chr(97 + c) for c in draw.integers(0, 26, 20_000)))
     choices = dataclasses.replace(SCALES["tiny"].choices, vocabulary="bytes")
-    scale = TINY.at(data=(str(text),), choices=choices, held_out="validation")
+    scale = TINY.at(data=(str(text),), choices=choices)
     site = Site(scale, tmp_path / "cells", Gathered({}), run=run_here)
     values = site.outcome(name, scale.tokens // 4, 0)
     assert values["points"][-1]["bits"] < 8.2

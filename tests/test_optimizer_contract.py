@@ -20,6 +20,7 @@ from train.optimizers import OPTIMIZERS, build
 from train.optimizers.from_optax import LEFT_OUT, OptaxSettings
 from train.optimizers.matrix import MatrixSettings
 from train.optimizers.settings import DecayingSettings
+from train.optimizers.table import VARIANTS, settings_named
 from train.schedules import Constant, Cosine, Linear
 
 LAYERS, VOCABULARY, WIDTH, HIDDEN = 3, 7, 4, 6
@@ -27,7 +28,7 @@ STEPS = 10
 
 # The first ones, each of another kind, are tried by `make test`.
 FIRST = ("muon", "soap", "adam_mini", "lion")
-NAMES = [*FIRST, *(name for name in OPTIMIZERS if name not in FIRST)]
+NAMES = [*FIRST, *(name for name in [*OPTIMIZERS, *VARIANTS] if name not in FIRST)]
 # What the rate must be, times that of the settings, for a problem with steps of size one.
 RATES = {"sgd": 0.05, "lion": 0.05, "signum": 0.05, "scion": 2e-3, "adagrad": 1.0}
 NEEDS_VALUE = ("polyak_sgd", "momo", "momo_adam")
@@ -62,7 +63,7 @@ every_decaying_optimizer = pytest.mark.parametrize(
     [
         name
         for name in NAMES
-        if issubclass(OPTIMIZERS[name], DecayingSettings) and name not in ("adamh", "muonh")
+        if isinstance(settings_named(name), DecayingSettings) and name not in ("adamh", "muonh")
     ],
 )
 
@@ -111,7 +112,7 @@ def random_tree(seed, like):
 @functools.cache
 def optimizer(name, dtype=jnp.float32):
     """(transformation, jitted update) under the default settings, shared by the tests."""
-    tx = build(OPTIMIZERS[name](), Cosine(warmup_steps=2), STEPS, shapes(dtype))
+    tx = build(settings_named(name), Cosine(warmup_steps=2), STEPS, shapes(dtype))
     return tx, jax.jit(functools.partial(tx.update, value=VALUE))
 
 
@@ -137,7 +138,7 @@ def assert_identical(one, other):
 
 @every_optimizer(1)
 def test_learns_a_quadratic_problem_with_one_compilation_and_donated_state(name):
-    settings = OPTIMIZERS[name]()
+    settings = settings_named(name)
     raised = name not in NEEDS_VALUE and settings.learning_rate < 0.1
     if raised or not isinstance(settings, OptaxSettings) or name in RATES:
         settings = dataclasses.replace(settings, learning_rate=RATES.get(name, 0.1))
@@ -235,7 +236,7 @@ def test_updates_in_bfloat16_are_near_those_in_float32(name):
 @pytest.mark.variants(4)
 @every_decaying_optimizer
 def test_without_a_gradient_exactly_the_matrices_decay(name):
-    settings = OPTIMIZERS[name]()
+    settings = settings_named(name)
     rates = {"learning_rate": 0.5, "weight_decay": 0.1}
     if isinstance(settings, MatrixSettings):
         rates |= {"adam_learning_rate": 0.25, "adam_weight_decay": 0.3}
@@ -259,7 +260,7 @@ def test_decay_rules_choose_what_decays(name):
         "final_norm": {"scale": jnp.ones(3)},
     }
     settings = dataclasses.replace(
-        OPTIMIZERS[name](), decay_rules=(("final_norm/scale", True),), weight_decay=0.1
+        settings_named(name), decay_rules=(("final_norm/scale", True),), weight_decay=0.1
     )
     tx = build(settings, Constant(), STEPS, params)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -306,7 +307,7 @@ def test_optax_finds_the_parameters_in_the_state(name):
 @every_optimizer(3)
 def test_the_head_may_be_tied_away(name):
     tied = {key: value for key, value in shapes().items() if key != "head"}
-    tx = build(OPTIMIZERS[name](), Constant(), STEPS, tied)
+    tx = build(settings_named(name), Constant(), STEPS, tied)
     jax.eval_shape(tx.init, tied)
 
 
@@ -325,7 +326,7 @@ def test_a_stack_is_its_layers_each_by_itself(name):
     got = {}
     for kind, split in (("stacked", lambda tree: tree), ("apart", apart)):
         params = split(stacked)
-        tx = build(OPTIMIZERS[name](), Constant(), STEPS, params)
+        tx = build(settings_named(name), Constant(), STEPS, params)
         update = jax.jit(functools.partial(tx.update, value=VALUE))
         state = jax.jit(tx.init)(params)
         for step in range(3):
@@ -345,7 +346,7 @@ def test_a_stack_is_its_layers_each_by_itself(name):
 @every_optimizer(2)
 def test_rates_may_be_injected(name):
     """A rate in the state (`optax.inject_hyperparams`) changes without a compilation."""
-    settings = OPTIMIZERS[name]()
+    settings = settings_named(name)
 
     @optax.inject_hyperparams
     def injected(factor):
@@ -376,7 +377,7 @@ def test_rates_may_be_injected(name):
 @every_optimizer(1)
 def test_accumulated_halves_are_one_update(name):
     """`optax.MultiSteps` around it: two gradients, one update with their mean."""
-    settings = OPTIMIZERS[name]()
+    settings = settings_named(name)
     tx = settings.transformation(lambda peak: lambda step: peak, shapes())
     twice = optax.MultiSteps(tx, 2)
     params = random_tree(0, shapes())
@@ -411,7 +412,7 @@ def test_sharded_equals_unsharded(name):
         is_leaf=lambda node: isinstance(node, tuple),
     )
     params = random_tree(0, like)
-    tx = build(OPTIMIZERS[name](), Constant(), STEPS, like)
+    tx = build(settings_named(name), Constant(), STEPS, like)
 
     def three(params, state):
         for step in range(3):

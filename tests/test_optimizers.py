@@ -22,7 +22,7 @@ from train.optimizers import (
     optimizer_named,
 )
 from train.optimizers.from_optax import FROM_OPTAX
-from train.optimizers.table import RATE_GRIDS, _scaled, at_rate
+from train.optimizers.table import RATE_GRIDS, VARIANTS, _scaled, at_rate, settings_named
 from train.schedules import Constant, Cosine, Linear
 
 LAYERS, VOCABULARY, WIDTH, HIDDEN = 3, 7, 4, 6
@@ -276,12 +276,12 @@ def test_an_unknown_name_lists_the_names():
 
 
 def test_every_optimizer_has_a_grid_of_rates_around_its_own():
-    assert RATE_GRIDS.keys() == OPTIMIZERS.keys()
+    assert RATE_GRIDS.keys() == OPTIMIZERS.keys() | VARIANTS.keys()
     for name, rates in RATE_GRIDS.items():
         assert len(rates) == 5
         assert rates == tuple(sorted(set(rates)))
         assert at_rate(name, rates[0]).learning_rate == rates[0]
-        assert rates[2] == pytest.approx(OPTIMIZERS[name]().learning_rate, rel=1e-2)
+        assert rates[2] == pytest.approx(settings_named(name).learning_rate, rel=1e-2)
 
 
 @pytest.mark.variants(1)

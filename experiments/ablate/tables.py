@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.ablate.gathered import Gathered, Item, Results, seed_of
+from experiments.attempts import Failures
 from experiments.execute import Execution
 from experiments.grid import (
     Measurement,
@@ -25,6 +26,7 @@ from experiments.grid import (
 )
 from experiments.machine import machine
 from experiments.run import read_json, write_json
+from train.tasks import TaskFiles
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Request:
       shakespeare: file of tiny Shakespeare.
       squad: file of SQuAD, see `experiments.ablate.transfer_squad`.
       multi30k: folder of Multi30k, see `experiments.ablate.transfer_multi30k`.
+      labelled: a user's files for a classification, see `experiments.ablate.transfer_own`.
+      parallel: those for a translation.
     """
 
     cells: Path = Path("runs/ablate/cells")
@@ -50,6 +54,8 @@ class Request:
     shakespeare: Path | None = None
     squad: Path | None = None
     multi30k: Path | None = None
+    labelled: TaskFiles | None = None
+    parallel: TaskFiles | None = None
 
     def asks_for(self, item: Item) -> bool:
         """Whether a cell is to be run: all are, unless rows are named.
@@ -148,7 +154,8 @@ def complete(
 
     Raises:
       KeyboardInterrupt: a cell was stopped; the same command goes on from there.
-      ValueError: a row was asked for that there is not.
+      ValueError: a row was asked for that there is not; or, once all others have run, cells that
+        failed.
     """
     console, start = Console(), time.monotonic()
     listed = {table.name: list(table.cells(request)) for table in tables}
@@ -168,15 +175,18 @@ def complete(
         if request.asks_for(item) and not gathered.has(item)
     ]
     console.print(f"{len(unique) - len(todo)} cells are finished, {len(todo)} run now")
+    failures = Failures()
     for number, (name, item) in enumerate(todo, start=1):
         spent = (time.monotonic() - start) / 60
         if max_minutes is not None and spent >= max_minutes:
             console.print(f"{len(todo) - number + 1} cells are left after {spent:.0f} minutes")
-            return
+            break
         about = f"{number}/{len(todo)}  {name}: {item.name}, seed {seed_of(item)}"
         console.print(f"{about}  ({spent:.1f} min)", highlight=False, markup=False)
-        run_item(item, request.cells, console)
-        found = values_of(item, request.cells)
-        assert found is not None
-        gathered.add(item, *found)
-        save()
+        with failures.passed_over(f"{item.name}, seed {seed_of(item)}"):
+            run_item(item, request.cells, console)
+            found = values_of(item, request.cells)
+            assert found is not None
+            gathered.add(item, *found)
+            save()
+    failures.raise_if_any()

@@ -3,7 +3,7 @@
     python -m experiments.baselines --data stdlib --steps 400
 
 Without more it is the mission's: Adam at a constant 1e-4 with GPT-2's dropout. The second one is
-AdamW without dropout, tuned by `python -m experiments.baselines.tune`:
+AdamW without dropout, tuned by `python -m experiments.speedrun --scale cpu --tune torch-tuned`:
 
     python -m experiments.baselines --steps 400 --model.dropout 0 \
         --optimizer adamw --learning-rate 2e-3 --schedule linear --schedule.warmup-steps 20

@@ -98,7 +98,7 @@ def tuned(
       size: data, batch and shape.
       steps: budget, that the schedule spans.
       seed: of weights and batches.
-      optimizer: rate, betas and weight decay from `experiments.baselines.tune`.
+      optimizer: rate, betas and weight decay, as `experiments.baselines.tune` tries them.
       schedule: likewise.
       mode: see `TorchBaseline`.
     """

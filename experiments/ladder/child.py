@@ -29,7 +29,7 @@ from train.loop import LoopSettings
 from train.settings import from_json, to_json
 
 Job = Cell | BaselineCell
-FACTS = "process.json"  # beside result.json: machine and peak of memory
+FACTS = "process.json"  # beside result.json: machine, peak of memory, threads
 
 
 def run_apart(job: Job, folder: Path) -> None:
@@ -57,7 +57,7 @@ def run_here(job: Job, folder: Path) -> None:
         run_baselines([job], folder)
     else:
         run_cells([job], folder, execution=Execution(keep_last=1, keep_best=0))
-    facts = {"machine": machine(), "peak_bytes": peak_bytes(job)}
+    facts = {"machine": machine(), "peak_bytes": peak_bytes(job), "threads": threads(job)}
     write_json(folder / job.key / FACTS, facts)
 
 
@@ -70,6 +70,15 @@ def peak_bytes(job: Job) -> int:
     if jax.default_backend() == "gpu":
         return int((jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"])
     return host_peak()
+
+
+def threads(job: Job) -> int:
+    """Returns how many threads a product is spread over on the CPU: XLA takes a core each."""
+    if isinstance(job, BaselineCell):
+        import torch
+
+        return torch.get_num_threads()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
 
 
 def job_to_json(job: Job) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Runs what a rung needs: baselines at their budget, rungs at the lengths that the search asks for.
 
-All that is finished is gathered into one JSON a scale, a table there for each data set; reports are
-made from it alone.
+All that is finished is gathered into one JSON a scale, a table there for each data set and split;
+reports are made from it alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,18 +23,27 @@ from experiments.grid import Cell, Measurement, read_result
 from experiments.ladder.child import FACTS, Job, run_apart
 from experiments.ladder.measure import last_bits, points_of
 from experiments.ladder.recipe import Recipe
-from experiments.ladder.rungs import below, first_recipe, recipe_of
+from experiments.ladder.rungs import RUNGS, below, first_recipe, recipe_of
 from experiments.ladder.scales import Scale
 from experiments.ladder.search import next_length
 from experiments.run import read_json
 from train.loop import LoopSettings
+from train.settings import digest, essential
 
-TORCH, TORCH_TUNED = "torch", "torch-tuned"
+TORCH, TORCH_TUNED, TORCH_COMPILED = "torch", "torch-tuned", "torch-tuned-compiled"
 BASELINES = {
     TORCH: "Hugging Face GPT-2 in torch, Adam at a constant 1e-4, dropout 0.1",
-    TORCH_TUNED: "the same model, AdamW with tuned rate, schedule and decay, no dropout",
+    TORCH_TUNED: "the same model, AdamW with tuned rate, schedule, betas and decay, no dropout",
+    TORCH_COMPILED: "that one through torch.compile",
 }
-"""The two that everything compares with."""
+"""What everything compares with; the losses of the first two are the targets."""
+
+HEADLINES = ("jax", "rate", "muon", "for-hf", "for-gguf")
+"""Rungs that also look for the length that suits the first baseline's loss, besides the highest
+that is kept; others stand in that table with the runs made for the second one's."""
+
+LATER_FACTOR = 2**0.25
+"""Between the lengths of a later seed, which misses the target by little at that of the first."""
 
 Runner = Callable[[Job, Path], None]
 
@@ -64,6 +74,11 @@ class Site:
         """The name of the data set in the JSON."""
         return data_name(self.scale)
 
+    @property
+    def on_validation(self) -> Site:
+        """The same on the split that all is chosen on."""
+        return dataclasses.replace(self, scale=self.scale.at(held_out="validation"))
+
     def outcome(self, name: str, tokens: int, seed: int) -> Mapping[str, Any]:
         """Returns what a run gave, and runs it if it is not there.
 
@@ -74,9 +89,25 @@ class Site:
 
         Raises:
           TimeoutError: the minutes are up.
+          RuntimeError: it failed.
         """
         job = job_of(self.scale, name, tokens, seed)
-        item = _item(job, name, tokens, seed)
+        return self.take(job, self.table, seed, recipe_key(self.scale, name))
+
+    def take(self, job: Job, table: str, seed: int, recipe: str) -> Mapping[str, Any]:
+        """Returns what a cell gave as part of a table, and runs it if it is not there.
+
+        Args:
+          job: the cell; its name is that of its row.
+          table: in the JSON.
+          seed: of the cell.
+          recipe: hash of what it trains; rows of another one are no longer read.
+
+        Raises:
+          TimeoutError: the minutes are up.
+          RuntimeError: it failed.
+        """
+        item = _item(job, seed)
         if not self.gathered.has(item):
             values = _values(job, self.folder)
             if values is None:
@@ -86,34 +117,73 @@ class Site:
                 print(f"\n{job.name}, seed {seed}  ({spent:.1f} min)")
                 self.run(job, self.folder)
                 values = _values(job, self.folder)
-                assert values is not None
+                if values is None:
+                    raise RuntimeError(f"{job.name}, seed {seed}, ended without a result")
             facts = values.pop("machine")
-            self.gathered.add(item, values, facts)
-        seeds = self.gathered.index.setdefault(self.table, {}).setdefault(item.name, {})
-        if seeds.get(str(seed)) != item.key:
+            self.gathered.add(item, {**values, "recipes": []}, facts)
+        found = self.gathered.cells[item.key]["values"]
+        seeds = self.gathered.index.setdefault(table, {}).setdefault(item.name, {})
+        if seeds.get(str(seed)) != item.key or recipe not in found["recipes"]:
             seeds[str(seed)] = item.key
+            # Two recipes may come to one run at a budget; then it is a run of both.
+            found["recipes"] = sorted({*found["recipes"], recipe})
             self.save()
-        return self.gathered.cells[item.key]["values"]
+        return found
 
 
 def data_name(scale: Scale) -> str:
-    """Returns a short name of what a scale trains on.
+    """Returns a short name of what a scale trains on, and of the split that it is measured on.
 
     >>> from experiments.ladder.scales import CPU
     >>> data_name(CPU), data_name(CPU.at(data=("texts/tale.txt",), tokenizer="bytes"))
     ('stdlib, sentencepiece:2048', 'tale.txt, bytes')
+    >>> data_name(CPU.at(held_out="test"))
+    'stdlib, sentencepiece:2048, test'
     """
     size = f"{scale.label}: " if scale.label else ""
     names = " + ".join(Path(spec).name for spec in scale.data)
-    split = "" if scale.held_out == "test" else f", {scale.held_out}"
+    split = ", test" if scale.held_out == "test" else ""
     return f"{size}{names}, {scale.tokenizer}{split}"
+
+
+def scale_named(scale: Scale, table: str) -> Scale:
+    """Returns the scale on the data that a table of the JSON is called by.
+
+    >>> from experiments.ladder.scales import CPU
+    >>> found = scale_named(CPU, "tale.txt, bytes, test")
+    >>> found.tokenizer, found.held_out
+    ('bytes', 'test')
+    """
+    whole = table.removesuffix(", test")
+    names, tokenizer = whole.rsplit(", ", 1)
+    split: Any = "validation" if whole == table else "test"
+    found = scale.at(data=tuple(names.split(" + ")), tokenizer=tokenizer, held_out=split)
+    assert data_name(found) == table
+    return found
+
+
+def baselines_of(scale: Scale) -> tuple[str, ...]:
+    """Returns the baselines of a scale: where all are compiled, none is so a second time.
+
+    >>> from experiments.ladder.scales import CPU, GPU
+    >>> baselines_of(CPU), baselines_of(GPU)
+    (('torch', 'torch-tuned', 'torch-tuned-compiled'), ('torch', 'torch-tuned'))
+    """
+    return tuple(n for n in BASELINES if n != TORCH_COMPILED or scale.mode != "compile")
+
+
+def searched(name: str, baseline: str) -> bool:
+    """Whether a row looks for the length that suits the loss of a baseline."""
+    if name in BASELINES or baseline == TORCH_TUNED:
+        return True
+    return name in (*HEADLINES, [rung.name for rung in RUNGS if rung.kept][-1])
 
 
 def recipe_for(scale: Scale, name: str) -> Recipe:
     """Returns the recipe of a rung or of a baseline."""
     if name == TORCH:
         return first_recipe(scale)
-    if name == TORCH_TUNED:
+    if name in (TORCH_TUNED, TORCH_COMPILED):
         chosen, first = scale.choices, first_recipe(scale)
         tuned = dataclasses.replace(
             first,
@@ -125,18 +195,36 @@ def recipe_for(scale: Scale, name: str) -> Recipe:
     return recipe_of(name, scale)
 
 
+def recipe_key(scale: Scale, name: str) -> str:
+    """Returns a hash of all that makes a row what it is, but data, budget and seed.
+
+    >>> from experiments.ladder.scales import CPU
+    >>> recipe_key(CPU, "torch-tuned") == recipe_key(CPU, "torch-tuned-compiled")
+    False
+    """
+    how = [_mode(scale, name), scale.device, scale.precision] if name in BASELINES else []
+    return digest(essential([recipe_for(scale, name), *how]))
+
+
 def job_of(scale: Scale, name: str, tokens: int, seed: int) -> Job:
     """Returns the cell of a rung or baseline at a budget."""
+    evaluations = 4 * scale.evaluations if name in BASELINES else scale.evaluations
+    return job_called(_title(name, tokens), scale, name, tokens, seed, evaluations)
+
+
+def job_called(
+    title: str, scale: Scale, name: str, tokens: int, seed: int, evaluations: int = 1
+) -> Job:
+    """Returns the cell of a rung or baseline at a budget, under a title, with some evaluations."""
     settings = recipe_for(scale, name).settings(scale.data, tokens, seed)
     settings = dataclasses.replace(settings, held_out=scale.held_out)
     loop = LoopSettings(
         log_every=max(1, settings.steps // 20),
-        evaluate_every=max(1, settings.steps // _evaluations(scale, name)),
+        evaluate_every=max(1, settings.steps // evaluations),
         checkpoint_every=max(500, settings.steps),
     )
-    title = _title(name, tokens)
     if name in BASELINES:
-        torch = TorchBaseline(settings, scale.mode, scale.device, scale.precision)
+        torch = TorchBaseline(settings, _mode(scale, name), scale.device, scale.precision)
         return BaselineCell(title, torch, loop)
     return Cell(title, settings, loop)
 
@@ -153,7 +241,7 @@ def climb(site: Site, name: str, seed: int, target: float) -> dict[int, Mapping[
     rule = site.scale.search
     start = _start(site, name, seed, target)
     if seed:  # one length is enough for them, unless it is too short
-        rule = dataclasses.replace(rule, close=float("inf"))
+        rule = dataclasses.replace(rule, close=math.inf, factor=LATER_FACTOR)
     tried: dict[int, Mapping[str, Any]] = {}
     while True:
         losses = {tokens: last_bits(values["points"]) for tokens, values in tried.items()}
@@ -175,14 +263,28 @@ def target_of(site: Site, baseline: str, seeds: int) -> float:
 
 
 def lengths_of(site: Site, name: str, seed: int) -> dict[int, Mapping[str, Any]]:
-    """Returns all finished runs of a rung, by tokens, whatever they were run for."""
-    found = {}
+    """Returns all finished runs of a rung as it is today, by tokens, whatever they were run for."""
+    found: dict[int, Mapping[str, Any]] = {}
+    today = recipe_key(site.scale, name)
     for title, seeds in site.gathered.index.get(site.table, {}).items():
         rung, _, rest = title.partition(", ")
         cell = site.gathered.cells.get(seeds.get(str(seed), ""))
-        if rung == name and cell is not None:
+        if rung == name and cell is not None and today in cell["values"].get("recipes", []):
             found[int(rest.removesuffix(" tokens").replace(",", ""))] = cell["values"]
     return dict(sorted(found.items()))
+
+
+def changed_since(site: Site) -> dict[str, int]:
+    """Returns how many runs of the table are of recipes that are no more, which nothing reads."""
+    found: dict[str, int] = {}
+    known = {*BASELINES, *(rung.name for rung in RUNGS)}
+    for title, seeds in site.gathered.index.get(site.table, {}).items():
+        if (name := title.partition(", ")[0]) in known:
+            cells = [site.gathered.cells[key] for key in seeds.values()]
+            today = recipe_key(site.scale, name)
+            old = sum(today not in cell["values"].get("recipes", []) for cell in cells)
+            found |= {name: found.get(name, 0) + old} if old else {}
+    return found
 
 
 def _start(site: Site, name: str, seed: int, target: float) -> float:
@@ -192,36 +294,37 @@ def _start(site: Site, name: str, seed: int, target: float) -> float:
     It depends on runs alone that are finished before the first of this row and seed, so that a
     command that is given again asks for the same ones.
     """
-    if seed and (first := _enough(site, name, 0, target)):
+    if seed and (first := enough(site, name, 0, target)):
         return first
     if name in BASELINES:
         return site.scale.tokens
     under = below(name)
     while under is not None:
-        if found := _enough(site, under, 0, target):
+        if found := enough(site, under, 0, target):
             return found / site.scale.search.factor**0.5
         under = below(under)
     return site.scale.tokens
 
 
-def _enough(site: Site, name: str, seed: int, target: float) -> int | None:
+def enough(site: Site, name: str, seed: int, target: float) -> int | None:
+    """Returns the shortest length of a seed whose run ended at a target or under it; or None."""
     runs = lengths_of(site, name, seed)
-    enough = [tokens for tokens, v in runs.items() if last_bits(v["points"]) <= target]
-    return min(enough) if enough else None
+    ended = [tokens for tokens, v in runs.items() if last_bits(v["points"]) <= target]
+    return min(ended) if ended else None
 
 
-def _evaluations(scale: Scale, name: str) -> int:
-    return 4 * scale.evaluations if name in BASELINES else scale.evaluations
+def _mode(scale: Scale, name: str) -> Any:
+    return "compile" if name == TORCH_COMPILED else scale.mode
 
 
 def _title(name: str, tokens: int) -> str:
     return f"{name}, {tokens:,} tokens"
 
 
-def _item(job: Job, name: str, tokens: int, seed: int) -> Cell | Measurement:
+def _item(job: Job, seed: int) -> Cell | Measurement:
     if isinstance(job, Cell):
         return job
-    return Measurement(_title(name, tokens), {"baseline": job.key, "seed": seed}, dict)
+    return Measurement(job.name, {"baseline": job.key, "seed": seed}, dict)
 
 
 def _values(job: Job, folder: Path) -> dict[str, Any] | None:
@@ -230,9 +333,12 @@ def _values(job: Job, folder: Path) -> dict[str, Any] | None:
     if result is None:
         return None
     facts = read_json(result.folder / FACTS)
+    texts = result.folder / "data.json"
     return {
         "reason": result.reason,
         "points": points_of(result),
         "peak_bytes": facts["peak_bytes"],
+        "threads": facts.get("threads"),
+        "texts": {f["name"]: f["sha256"] for f in read_json(texts)} if texts.exists() else {},
         "machine": facts["machine"],
     }

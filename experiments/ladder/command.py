@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from experiments.ablate.gathered import Gathered
 from experiments.ablate.report import read, write_data
+from experiments.attempts import Failures
 from experiments.ladder.child import run_apart
 from experiments.ladder.climb import (
-    BASELINES,
     TORCH,
+    TORCH_COMPILED,
     TORCH_TUNED,
     Runner,
     Site,
+    baselines_of,
     climb,
-    data_name,
+    enough,
+    scale_named,
+    searched,
     target_of,
 )
+from experiments.ladder.held_out import open_test
 from experiments.ladder.pictures import draw
 from experiments.ladder.report import render
 from experiments.ladder.rows import mean_end
 from experiments.ladder.rungs import RUNGS, rung_named
-from experiments.ladder.scales import SCALES, Scale
+from experiments.ladder.scales import SCALES, Choices, HeldOut, Scale
 from experiments.ladder.side_by_side import measure
+from experiments.ladder.trials import chain, tuned_on
+from experiments.ladder.tune import run_tuning, standing, tuning_path
 from experiments.run import write_text
-
-HEADLINES = ("jax", "rate", "muon", "for-hf", "for-gguf")
-"""Rungs that also look for the length that suits the first baseline's loss, besides the highest
-that is kept; others stand in that table with the runs made for the second one's."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Ladder:
       data: sources in place of the scale's.
       tokenizer: in place of the scale's.
       max_minutes: begin no further run after so long.
-      tune: a rung whose trials are run in place of the ladder.
+      held_out: "test" measures the rungs named on the test split, at lengths that are known.
+      tuned: take the choices of the trials on record in place of those that stand.
+      tune: rungs, or "all", whose trials are run in place of the ladder.
       sizes: measure at four sizes in place of the ladder.
       side_by_side: time steps of rungs and tuned baseline in turn, in place of running them.
       fresh: forget what is gathered of this data.
@@ -59,7 +64,9 @@ class Ladder:
     data: tuple[str, ...] = ()
     tokenizer: str | None = None
     max_minutes: float | None = None
-    tune: str | None = None
+    held_out: HeldOut = "validation"
+    tuned: bool = False
+    tune: tuple[str, ...] = ()
     sizes: bool = False
     side_by_side: bool = False
     fresh: bool = False
@@ -71,19 +78,24 @@ def run_ladder(command: Ladder) -> list[Path]:
     """Runs what is missing and returns the files written.
 
     Raises:
-      ValueError: an unknown rung, no seed, no data.
+      ValueError: an unknown rung, no seed, no data; or, at the end, what failed while the rest
+        went on.
     """
     from experiments.ladder.sizes import run_sizes
-    from experiments.ladder.tune import run_tuning
 
     scale = scale_of(command)
     for name in command.rungs:
-        if name not in BASELINES:
+        if name not in baselines_of(scale):
             rung_named(name)
     if command.seeds < 1:
         raise ValueError(f"{command.seeds} seeds are none; give at least 1")
-    if (command.tune is not None) + command.sizes + command.side_by_side > 1:
+    if bool(command.tune) + command.sizes + command.side_by_side > 1:
         raise ValueError("--tune, --sizes and --side-by-side are three commands; give one of them")
+    if command.held_out == "test" and (command.tune or command.sizes or command.side_by_side):
+        raise ValueError(
+            "--held-out test is for the ladder alone: trials and sizes never see the test split, "
+            "and steps are as long on either"
+        )
     kind = "tuning" if command.tune else "sizes" if command.sizes else ""
     path = command.results / f"speedrun-{'-'.join(filter(None, (kind, scale.name)))}.json"
     gathered = read(path)
@@ -95,25 +107,47 @@ def run_ladder(command: Ladder) -> list[Path]:
         run=command.run,
         minutes=command.max_minutes,
     )
+    failures = Failures()
     if command.fresh:
         _forget(site)
-    if command.tune is not None:
-        return run_tuning(site, command.tune, path)
-    if command.sizes:
-        return run_sizes(site, command.rungs, command.seeds, path)
-    try:
-        if command.side_by_side:
-            for name in command.rungs or (*BASELINES, *(rung.name for rung in RUNGS)):
-                measure(site, name)
-        else:
-            run_rungs(site, command.rungs, command.seeds)
-    except TimeoutError as late:
-        print(f"\nthe minutes are up: {late}")
-    finally:
-        site.save()
-        written = write_all(path, gathered, scale)
-        print(f"\nwritten: {', '.join(map(str, written))}")
+    if command.tune:
+        written = run_tuning(site, command.tune, path, failures)
+    elif command.sizes:
+        written = run_sizes(site, command.rungs, command.seeds, path, failures)
+    else:
+        print("\n".join(standing(_trials_of(command, site))))
+        try:
+            _run(command, site, failures)
+        except TimeoutError as late:
+            print(f"\nthe minutes are up: {late}")
+        except RuntimeError as failed:  # of a baseline: others are passed over
+            failures.said.append(f"a baseline, without which there is no target ({failed})")
+        finally:
+            site.save()
+            written = write_all(path, gathered, scale)
+            print(f"\nwritten: {', '.join(map(str, written))}")
+    failures.raise_if_any()
     return written
+
+
+def _run(command: Ladder, site: Site, failures: Failures) -> None:
+    if command.held_out == "test":
+        open_test(site, command.rungs, command.seeds, failures)
+        return
+    if not command.side_by_side:
+        run_rungs(site, command.rungs, command.seeds, failures)
+        return
+    others = (name for name in baselines_of(site.scale) if name != TORCH_TUNED)
+    for name in command.rungs or (*others, *(rung.name for rung in RUNGS)):
+        with failures.passed_over(f"side by side, {name}"):
+            measure(site, name)
+
+
+def _trials_of(command: Ladder, site: Site) -> Site:
+    """The site with the trials of the scale, and with the choices that stand in the code."""
+    plain = site.scale.at(choices=SCALES[command.scale].choices)
+    trials = read(tuning_path(command.results / "any.json", plain))
+    return Site(plain, command.cells, trials)
 
 
 def _forget(site: Site) -> None:
@@ -126,18 +160,23 @@ def _forget(site: Site) -> None:
 
 
 def scale_of(command: Ladder) -> Scale:
-    """Returns the scale with the data of the command.
+    """Returns the scale with the data and the split of the command; with --tuned its choices, too.
 
     Raises:
-      ValueError: a scale without data of its own, and none given.
+      ValueError: a scale without data of its own, and none given; a test split where there is none;
+        no trials to take choices from.
     """
-    scale = SCALES[command.scale]
+    scale = SCALES[command.scale].at(held_out=command.held_out)
     if command.data:
         whole = all(Path(spec).is_file() for spec in command.data)
         tokenizer = command.tokenizer or ("bytes" if whole and scale.name != "gpu" else None)
         scale = scale.at(data=command.data, tokenizer=tokenizer or scale.tokenizer)
-        if whole:  # a file of one document has two splits
-            scale = scale.at(held_out="validation")
+        kinds = {suffix for spec in command.data for suffix in Path(spec).suffixes}
+        if whole and not kinds & {".jsonl", ".parquet"} and command.held_out == "test":
+            raise ValueError(
+                f"{' + '.join(command.data)} is split in two, training and validation, and has no "
+                "test split; give a folder of many files, or leave --held-out test out"
+            )
     elif command.tokenizer:
         scale = scale.at(tokenizer=command.tokenizer)
     if not scale.data:
@@ -145,31 +184,48 @@ def scale_of(command: Ladder) -> Scale:
             f"the scale {scale.name} has no data of its own; name text of at least "
             f"{scale.tokens / 1e6:.0f} million tokens with --data (less is read several times)"
         )
-    return scale
+    return scale.at(choices=_tuned(command, scale)) if command.tuned else scale
 
 
-def run_rungs(site: Site, names: tuple[str, ...], seeds: int) -> None:
+def _tuned(command: Ladder, scale: Scale) -> Choices:
+    gathered = read(tuning_path(command.results / "any.json", scale))
+    found = chain(gathered, tuned_on(gathered, scale))
+    if missing := [each.group.name for each in found if each.best is None]:
+        raise ValueError(
+            f"--tuned takes the choices of the trials, and those of {', '.join(missing)} are not "
+            f"all on record; python -m experiments.speedrun --scale {scale.name} --tune all"
+        )
+    return found[-1].after
+
+
+def run_rungs(site: Site, names: Sequence[str], seeds: int, failures: Failures) -> None:
     """Runs the baselines at their budget, then every rung at the lengths that it needs.
 
     Raises:
       TimeoutError: the minutes are up.
+      RuntimeError: a baseline failed: without it there is no target.
     """
-    for name in BASELINES:
-        if not names or name in names:
-            target_of(site, name, seeds)
-        else:
-            target_of(site, name, 1)  # a target has to be there
-    second, first = mean_end(site, TORCH_TUNED), mean_end(site, TORCH)
-    chosen = names or (TORCH_TUNED, *(rung.name for rung in RUNGS))
-    highest = [rung.name for rung in RUNGS if rung.kept][-1]
-    for name in (n for n in (TORCH_TUNED, *(rung.name for rung in RUNGS)) if n in chosen):
+    scale = site.scale
+    order = [*baselines_of(scale), *(rung.name for rung in RUNGS)]
+    chosen = [name for name in order if not names or name in names]
+    for name in (TORCH, TORCH_TUNED):
+        target_of(site, name, max(seeds if name in chosen else 0, scale.target_seeds))
+    for name in (name for name in chosen if name != TORCH):
         for seed in range(seeds):
-            if name == TORCH_TUNED:  # its length for the second target is its budget
-                climb(site, name, seed, first)
-                continue
-            climb(site, name, seed, second)
-            if name in (*HEADLINES, highest):
-                climb(site, name, seed, first)
+            with failures.passed_over(f"{name}, seed {seed}"):
+                _climb_to_both(site, name, seed)
+
+
+def _climb_to_both(site: Site, name: str, seed: int) -> None:
+    first, second = mean_end(site, TORCH), mean_end(site, TORCH_TUNED)
+    if name == TORCH_COMPILED:  # learns as the eager one does, so its lengths are those of that
+        for tokens in {site.scale.tokens, enough(site, TORCH_TUNED, seed, first)} - {None}:
+            site.outcome(name, tokens or 0, seed)
+        return
+    if name != TORCH_TUNED:  # whose length for the second target is its budget
+        climb(site, name, seed, second)
+    if searched(name, TORCH):
+        climb(site, name, seed, first)
 
 
 def write_all(path: Path, gathered: Gathered, scale: Scale) -> list[Path]:
@@ -181,7 +237,7 @@ def write_all(path: Path, gathered: Gathered, scale: Scale) -> list[Path]:
     written = [path, path.with_suffix(".md")]
     for table in sorted(gathered.index):
         site = Site(scale_named(scale, table), Path(), gathered)
-        lines += ["", *render(site)]
+        lines += ["", *render(site, path)]
         short = "".join(c if c.isalnum() else "-" for c in table).strip("-")
         image = path.with_name(f"{path.stem}-{short}.png")
         if draw(site, image):
@@ -189,18 +245,3 @@ def write_all(path: Path, gathered: Gathered, scale: Scale) -> list[Path]:
             lines += ["", f"![Loss against time, and seconds of every rung]({image.name})"]
     write_text(written[1], "\n".join(lines) + "\n")
     return written
-
-
-def scale_named(scale: Scale, table: str) -> Scale:
-    """Returns the scale on the data that a table of the JSON is called by.
-
-    >>> from experiments.ladder.scales import CPU
-    >>> scale_named(CPU, "tale.txt, bytes, validation").tokenizer
-    'bytes'
-    """
-    whole = table.removesuffix(", validation")
-    names, tokenizer = whole.rsplit(", ", 1)
-    split: Any = "test" if whole == table else "validation"
-    found = scale.at(data=tuple(names.split(" + ")), tokenizer=tokenizer, held_out=split)
-    assert data_name(found) == table
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 
 from compress.gguf_layouts import architecture_of
@@ -10,6 +11,7 @@ from model.config import TransformerConfig
 from model.huggingface_config import write_config
 
 
+@functools.cache
 def formats(config: TransformerConfig) -> tuple[str, ...]:
     """Returns the formats that hold a model, each with the kind that it is there.
 
@@ -18,6 +20,8 @@ def formats(config: TransformerConfig) -> tuple[str, ...]:
     >>> from model.presets import gpt2_tiny, llama_tiny
     >>> formats(gpt2_tiny()), formats(llama_tiny(logit_softcap=15.0))
     (('HF gpt2', 'GGUF gpt2'), ())
+    >>> formats(llama_tiny(qk_norm=True))
+    ('HF qwen3', 'GGUF qwen3')
     """
     found = []
     with warnings.catch_warnings():

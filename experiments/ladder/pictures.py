@@ -6,7 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from experiments.ladder.climb import BASELINES, TORCH, TORCH_TUNED, Site, lengths_of
+from experiments.ladder.climb import (
+    BASELINES,
+    TORCH,
+    TORCH_COMPILED,
+    TORCH_TUNED,
+    Site,
+    lengths_of,
+)
 from experiments.ladder.rows import curves_of, mean_end, names_of, row_of
 from experiments.ladder.rungs import RUNGS
 
@@ -40,13 +47,14 @@ def _losses(axes: Any, site: Site, names: list[str], target: float) -> None:
         seconds = [p["training"] for p in points]
         bits = [float(p["bits"]) for p in points]
         if name in BASELINES:
-            style: dict[str, Any] = {"color": "black", "linestyle": "--"}
+            dash = ":" if name == TORCH_COMPILED else "--"
+            style: dict[str, Any] = {"color": "black", "linestyle": dash}
             style["alpha"] = 0.5 if name == TORCH else 1.0
         else:
             style = {"color": colours(number)}
             number += 1
         axes.plot(seconds, bits, marker=".", label=name, **style)
-    for baseline in BASELINES:
+    for baseline in (TORCH, TORCH_TUNED):  # the targets
         if not math.isnan(end := mean_end(site, baseline)):
             axes.axhline(end, color="grey", linewidth=0.6)
     axes.set(xlabel="seconds of training", ylabel="bits per byte, held out", xscale="log")
@@ -80,8 +88,10 @@ def _bars(axes: Any, site: Site, names: list[str], target: float) -> None:
 
 
 def _longest(site: Site, name: str) -> float:
+    """Seconds of the longest run of the first seed; 0 where none came to an evaluation."""
     runs = curves_of(site, name)
-    return max(float(points[-1]["training"]) for points in runs[min(runs)] if points)
+    ends = (float(points[-1]["training"]) for points in runs[min(runs)] if points)
+    return max(ends, default=0.0)
 
 
 def _plain(axes: Any) -> None:

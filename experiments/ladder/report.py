@@ -4,148 +4,221 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from experiments.ablate.markdown import grid
-from experiments.ladder.climb import BASELINES, TORCH, TORCH_TUNED, Site, recipe_for
+from experiments.ladder.climb import (
+    BASELINES,
+    TORCH,
+    TORCH_TUNED,
+    Site,
+    baselines_of,
+    changed_since,
+    recipe_for,
+    searched,
+)
+from experiments.ladder.held_out import planned_row
+from experiments.ladder.report_about import about
 from experiments.ladder.rows import (
+    Ratio,
     Row,
     at_least,
     compared_with,
     curves_of,
     further_targets,
+    mean_and_error,
     mean_end,
     names_of,
     ratio,
     row_of,
 )
-from experiments.ladder.rungs import RUNGS, formats_of, rung_named
-from experiments.ladder.side_by_side import speed_of
+from experiments.ladder.rungs import formats_of, rung_named
+from experiments.ladder.side_by_side import speed_against
 
 SEEDS_TO_KEEP = 3  # what `kept` is decided on
+CLEAR = 2.0  # standard errors: what lies within is no verdict
+RANGES = (
+    (TORCH_TUNED, "training", "seconds of training"),
+    (TORCH_TUNED, "compiled", "seconds of training and compiling"),
+    (TORCH, "training", "seconds of training"),
+)
 
 
-def render(site: Site) -> list[str]:
-    """Returns the section of one data set."""
-    lines = [f"## {site.table}", "", *_about(site)]
-    for baseline, about in ((TORCH_TUNED, "the tuned baseline"), (TORCH, "the first baseline")):
+def render(site: Site, path: Path) -> list[str]:
+    """Returns the section of one data set and split.
+
+    Args:
+      site: with what is gathered.
+      path: of the ladder's JSON, beside which that of the trials lies.
+    """
+    lines = [f"## {site.table}", "", *about(site, path)]
+    if old := changed_since(site):
+        said = ", ".join(f"{name} {count}" for name, count in old.items())
+        lines += ["", f"Left out, runs of recipes that have changed since: {said}."]
+    for baseline, what in ((TORCH_TUNED, "the tuned baseline"), (TORCH, "the first baseline")):
         target = mean_end(site, baseline)
         if math.isnan(target):
             continue
-        lines += ["", f"### To the end of {about}: {target:.4f} bits per byte", ""]
-        lines += _times(site, target, baseline)
-    lines += ["", "### Over a range of targets", "", *_range(site)]
-    lines += ["", "### What is kept, and what it leaves in", "", *_kept(site)]
+        lines += ["", f"### To the end of {what}: {target:.4f} bits per byte", ""]
+        rows = {name: row_of(site, name, target, baseline) for name in names_of(site)}
+        lines += [*_costs(rows), "", *_ratios(site, rows, baseline)]
+        if site.scale.held_out == "test":
+            lines += ["", *_planned(site, baseline, target)]
+    if any(not math.isnan(mean_end(site, baseline)) for baseline in (TORCH, TORCH_TUNED)):
+        lines += ["", "### Over a range of targets", "", *_ranges(site)]
+    if site.scale.held_out == "validation":  # nothing is chosen on the test split
+        lines += ["", "### What is kept, and what it leaves in", "", *_kept(site)]
     return lines
 
 
-def _about(site: Site) -> list[str]:
-    scale = site.scale
-    lines = [
-        f"Budget of either baseline: {scale.steps:,} steps of {scale.rows} x {scale.length} tokens "
-        f"({scale.tokens / 1e6:.2f} M), fixed before anything was tuned. A target is the mean loss "
-        "of a baseline at the end of that budget. Every rung looks for the length of its schedule "
-        "by one rule (`experiments/ladder/search.py`), with at most "
-        f"{scale.search.runs} runs; the first evaluation at or under the target counts, at "
-        f"{scale.evaluations} evaluations a run. Seconds are means over seeds ± standard errors; "
-        "ratios are of paired seeds, above 1 is faster. "
-        "Side by side: the ratio of tokens times that of seconds a token, with rung and baseline "
-        "in turn on the same machine. "
-        + (
-            "Losses are of the test split, which no trial has seen."
-            if scale.held_out == "test"
-            else "Losses are of the validation split: the data has no other."
-        ),
-        "",
-    ]
-    lines += [f"* {name}: {about}" for name, about in BASELINES.items()]
-    lines += [f"* {rung.name}: {rung.about}" for rung in RUNGS]
-    return lines
+def _costs(rows: dict[str, Row]) -> list[str]:
+    head = ["rung", "seeds", "steps", "tokens, k", "TFLOP", "training s", "with compiling, s"]
+    head += ["all s", "tokens/s", "peak MB"]
+    return grid(head, [_cost_row(row) for row in rows.values()], "l" + "r" * (len(head) - 1))
 
 
-def _times(site: Site, target: float, baseline: str) -> list[str]:
-    rows = {name: row_of(site, name, target, baseline) for name in names_of(site)}
-    head = [
-        *("rung", "seeds", "steps", "tokens, k", "TFLOP", "training s", "with compiling, s"),
-        *("all s", "tokens/s", "peak MB", "to below", f"to {TORCH}", f"to {TORCH_TUNED}"),
-        *(f"to {TORCH_TUNED}, with compiling", f"to {TORCH_TUNED}, side by side"),
-    ]
-    body = [_time_row(site, row, rows) for row in rows.values()]
-    return grid(head, body, "l" + "r" * (len(head) - 1))
-
-
-def _time_row(site: Site, row: Row, rows: dict[str, Row]) -> list[str]:
+def _cost_row(row: Row) -> list[str]:
     there = f"{len(row.reached)} of {len(row.seeds)}"
     peak = f"{row.peak_bytes / 1e6:,.0f}"
     if not row.reached:
         last = max(row.bits.values())
-        missed = f"not reached ({last:.3f})"
-        return [row.name, there, "", "", "", missed, "", "", "", peak, "", "", "", "", ""]
-    under = compared_with(row.name)
+        return [row.name, there, "", "", "", f"not reached ({last:.3f})", "", "", "", peak]
     return [
         row.name,
         there,
-        f"{row.mean('steps')[0]:,.0f}",
-        f"{row.mean('tokens')[0] / 1e3:,.0f}",
-        f"{row.mean('flops')[0] / 1e12:.3g}",
+        _with_error(row.mean("steps"), "{:,.0f}"),
+        _with_error(_times(row.mean("tokens"), 1e-3), "{:,.0f}"),
+        _with_error(_times(row.mean("flops"), 1e-12), "{:.3g}"),
         _with_error(row.mean("training"), "{:.1f}"),
         f"{row.mean('compiled')[0]:.1f}",
         f"{row.mean('total')[0]:.1f}",
         f"{row.mean('speed')[0]:,.0f}",
         peak,
-        _ratio(site, row, rows, under),
-        _ratio(site, row, rows, TORCH),
-        _ratio(site, row, rows, TORCH_TUNED),
-        _ratio(site, row, rows, TORCH_TUNED, "compiled"),
-        _beside(site, row, rows),
     ]
 
 
-def _beside(site: Site, row: Row, rows: dict[str, Row]) -> str:
+def _ratios(site: Site, rows: dict[str, Row], baseline: str) -> list[str]:
+    """How much faster than the rung below and than each baseline, in three ways of counting."""
+    theirs = [name for name in baselines_of(site.scale) if name in rows]
+    head = ["rung", "to below", "p"]
+    for name in theirs:
+        head += [f"to {name}", "p", "with compiling", "side by side"]
+    body = []
+    for row in rows.values():
+        under = compared_with(row.name)
+        if under is not None and not (searched(row.name, baseline) and searched(under, baseline)):
+            under = None  # one of the two has no run of a length that suits this loss
+        cells = [row.name, *_ratio(site, row, rows, under)]
+        for name in theirs:
+            cells += _ratio(site, row, rows, name)
+            cells += [_ratio(site, row, rows, name, "compiled")[0], _beside(site, row, rows, name)]
+        body.append(cells)
+    return grid(head, body, "l" + "r" * (len(head) - 1))
+
+
+def _beside(site: Site, row: Row, rows: dict[str, Row], baseline: str) -> str:
     """The ratio of tokens, times that of seconds a token, measured in turn."""
-    speed = speed_of(site, row.name)
-    if speed is None or TORCH_TUNED not in rows:
+    speed = speed_against(site, row.name, baseline)
+    if speed is None or row.name == baseline:
         return ""
-    mean, _, pairs = ratio(row, rows[TORCH_TUNED], "tokens")
-    return f"{mean * speed:.2f}x" if pairs else ""
+    found = ratio(row, rows[baseline], "tokens")
+    if found.pairs:
+        return f"{found.mean * speed:.2f}x"
+    least = at_least(site, row, baseline, "tokens")
+    return "" if math.isnan(least) else f"> {least * speed:.1f}x"
 
 
 def _ratio(
     site: Site, row: Row, rows: dict[str, Row], to: str | None, what: str = "training"
-) -> str:
+) -> tuple[str, str]:
+    """A ratio and its p-value; a lower bound where a baseline did not get there."""
     if to is None or to == row.name or to not in rows:
-        return ""
-    mean, error, pairs = ratio(row, rows[to], what)
-    if pairs:
-        return _with_error((mean, error), "{:.2f}") + "x"
+        return "", ""
+    found = ratio(row, rows[to], what)
+    if found.pairs:
+        return f"{_with_error(found, '{:.2f}')}x", p_value(found)
     least = at_least(site, row, to, what) if to in BASELINES else math.nan
-    return "" if math.isnan(least) else f"> {least:.1f}x"
+    return ("" if math.isnan(least) else f"> {least:.1f}x"), ""
 
 
-def _with_error(pair: tuple[float, float], form: str) -> str:
-    mean, error = pair
-    return form.format(mean) + ("" if math.isnan(error) else f" ± {form.format(error)}")
+def p_value(found: Ratio) -> str:
+    """Returns the p-value as text, nothing for a single pair.
+
+    >>> p_value(Ratio(2.0, 0.1, 3, 0.0004)), p_value(Ratio(2.0, 0.1, 3, 0.042))
+    ('< 0.001', '0.042')
+    """
+    if math.isnan(found.p):
+        return ""
+    return "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
 
 
-def _range(site: Site) -> list[str]:
-    """Ratios of training seconds to the tuned baseline at other losses."""
+def _times(pair: tuple[float, float], factor: float) -> tuple[float, float]:
+    return pair[0] * factor, pair[1] * factor
+
+
+def _with_error(pair: Sequence[float], form: str) -> str:
+    mean, error = pair[:2]
+    plain = form.replace("+", "")  # an error has no sign
+    return form.format(mean) + ("" if math.isnan(error) else f" ± {plain.format(error)}")
+
+
+def _planned(site: Site, baseline: str, target: float) -> list[str]:
+    """The ends of the very runs that the validation split chose, whole against whole."""
+    planned = {name: planned_row(site, name, baseline) for name in names_of(site)}
+    to = planned[baseline]
+    body = []
+    for name, row in planned.items():
+        if not row.ends:
+            continue
+        ends = list(row.ends.values())
+        tokens = mean_and_error([end.tokens / 1e3 for end in ends])
+        bits = mean_and_error([end.bits for end in ends])
+        over = mean_and_error([end.bits - target for end in ends])
+        found = row.to(to)
+        there = sum(end.bits <= target for end in ends)
+        body.append(
+            [
+                *(name, str(len(ends)), _with_error(tokens, "{:,.0f}")),
+                *(_with_error(bits, "{:.4f}"), _with_error(over, "{:+.4f}"), str(there)),
+                _with_error(mean_and_error([end.training for end in ends]), "{:.1f}"),
+                f"{_with_error(found, '{:.2f}')}x" if name != baseline and found.pairs else "",
+                p_value(found) if name != baseline else "",
+            ]
+        )
+    head = ["rung", "seeds", "tokens, k", "bits at the end", "over the target"]
+    head += ["seeds at or under it", "training s", f"to {baseline}", "p"]
+    said = (
+        "At the ends of the lengths that the validation split chose, every run with all that it "
+        "took, whether it ended at the target here or not:"
+    )
+    return [said, "", *grid(head, body, "l" + "r" * (len(head) - 1))]
+
+
+def _ranges(site: Site) -> list[str]:
+    """Ratios to baselines at other losses."""
     targets = sorted({mean_end(site, TORCH), *further_targets(site)}, reverse=True)
     targets = [*(t for t in targets if not math.isnan(t)), mean_end(site, TORCH_TUNED)]
     if not targets or any(map(math.isnan, targets)):
         return ["The baselines have not run yet."]
-    body = []
-    for name in names_of(site):
-        cells = []
-        for target in targets:
-            rows = {n: row_of(site, n, target, TORCH_TUNED) for n in (name, TORCH_TUNED)}
-            mean, error, pairs = ratio(rows[name], rows[TORCH_TUNED])
-            cells.append(_with_error((mean, error), "{:.2f}") + "x" if pairs else "not reached")
-        body.append([name, *cells])
-    head = ["rung", *(f"{target:.3f}" for target in targets)]
-    about = (
-        f"Seconds of training that {TORCH_TUNED} takes to so many bits per byte, over those of the "
-        "rung; each takes the fastest of its runs, whatever length they were planned for."
-    )
-    return [about, "", *grid(head, body, "l" + "r" * len(targets))]
+    lines = [
+        "To so many bits per byte; each row takes the fastest of its runs, whatever length they "
+        "were planned for, and > is against all of a baseline that did not get there.",
+    ]
+    for baseline, what, about_ in RANGES:
+        body = []
+        for name in names_of(site):
+            cells = []
+            for target in targets:
+                rows = {n: row_of(site, n, target, TORCH_TUNED) for n in (name, baseline)}
+                one = _ratio(site, rows[name], rows, baseline, what)[0]
+                if name == baseline:
+                    one = "1" if rows[name].reached else ""
+                cells.append(one or "not reached")
+            body.append([name, *cells])
+        head = ["rung", *(f"{target:.3f}" for target in targets)]
+        lines += ["", f"To {baseline}, {about_}:", ""]
+        lines += grid(head, body, "l" + "r" * len(targets))
+    return lines
 
 
 def _kept(site: Site) -> list[str]:
@@ -164,23 +237,30 @@ def _kept(site: Site) -> list[str]:
 
 
 def verdict(site: Site, row: Row) -> tuple[str, str]:
-    """Returns whether a rung is in the recipe, and what the seconds to the target say of that."""
+    """Returns whether a rung is in the recipe, and what the seconds to the target say of that.
+
+    A rung pays if the mean logarithm of its ratios to the rung below lies above 0 by more than two
+    of its standard errors, over three seeds at least; it does not if it lies below by as much.
+    """
     kept = rung_named(row.name).kept
+    word = "yes" if kept else "no"
     under = compared_with(row.name)
     if under is None:
-        return ("yes" if kept else "no"), ""
-    below_row = row_of(site, under, mean_end(site, TORCH_TUNED), TORCH_TUNED)
-    mean, error, pairs = ratio(row, below_row)
-    if not pairs:
-        says = "nothing to compare"
-    else:
-        pays = mean > 1.0
-        says = f"{'yes' if pays else 'no'}, {_with_error((mean, error), '{:.2f}')}x"
-        if pairs < SEEDS_TO_KEEP:
-            says += f" ({pairs} seed{'s' if pairs > 1 else ''}: no verdict)"
-        elif pays != kept:
-            says += " (**not what the recipe does**)"
-    return ("yes" if kept else "no"), says
+        return word, ""
+    found = ratio(row, row_of(site, under, mean_end(site, TORCH_TUNED), TORCH_TUNED))
+    if not found.pairs:
+        return word, "nothing to compare"
+    figure = f"{_with_error(found, '{:.2f}')}x"
+    if found.pairs < SEEDS_TO_KEEP:
+        plural = "s" if found.pairs > 1 else ""
+        return word, f"no verdict from {found.pairs} seed{plural}, {figure}"
+    pays = "unclear" if abs(found.errors) <= CLEAR else "yes" if found.errors > 0 else "no"
+    says = f"{pays}, {figure}, p {p_value(found)}"
+    if pays == "unclear" and kept:
+        says += " (**kept without proof**)"
+    elif pays == ("no" if kept else "yes"):
+        says += " (**not what the recipe does**)"
+    return word, says
 
 
 def _ends(site: Site, name: str) -> Sequence[float]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.ladder.climb import BASELINES, TORCH, TORCH_TUNED, Site, lengths_of
+from experiments.ladder.climb import (
+    BASELINES,
+    TORCH,
+    TORCH_COMPILED,
+    TORCH_TUNED,
+    Site,
+    lengths_of,
+)
 from experiments.ladder.measure import Reached, fastest, last_bits
 from experiments.ladder.rungs import RUNGS, below
 
@@ -85,10 +92,11 @@ def row_of(site: Site, name: str, target: float, end_of: str | None = None) -> R
         counts with all of its run.
     """
     curves = curves_of(site, name)
+    ends_it = name == end_of or (name, end_of) == (TORCH_COMPILED, TORCH_TUNED)
     found: dict[int, Reached] = {}
     for seed, runs in curves.items():
         there = fastest(runs, target)
-        if there is None and name == end_of:
+        if there is None and ends_it:
             longest = runs[-1]
             there = fastest([longest], last_bits(longest))
         if there is not None:
@@ -100,14 +108,56 @@ def row_of(site: Site, name: str, target: float, end_of: str | None = None) -> R
     return Row(name, found, tuple(curves), ends, max(peaks, default=math.nan))
 
 
-def ratio(of: Row, to: Row, what: str = "training") -> tuple[float, float, int]:
-    """Returns how many times the cost of `of` the row `to` had: mean, standard error, pairs.
+class Ratio(NamedTuple):
+    """How many times the cost of one row another one had, over paired seeds.
+
+    Attributes:
+      mean: of the ratios.
+      error: its standard error, NaN for one pair.
+      pairs: how many.
+      p: of a two-sided paired t-test of the logarithms against 0, NaN for one pair.
+      errors: the mean logarithm in its standard errors, NaN for one pair.
+    """
+
+    mean: float
+    error: float
+    pairs: int
+    p: float = math.nan
+    errors: float = math.nan
+
+
+def ratio_of(ratios: Sequence[float]) -> Ratio:
+    """Returns mean and error of paired ratios, and how clearly their logarithms lie off 0.
+
+    With ``m`` and ``s`` mean and standard error of the logarithms over n pairs, ``t = m / s`` has
+    Student's distribution of n - 1 degrees of freedom if there is no difference.
+
+    >>> found = ratio_of([1.9, 2.0, 2.1])
+    >>> found.pairs, round(found.mean, 6), 0.001 < found.p < 0.01
+    (3, 2.0, True)
+    """
+    mean, error = mean_and_error(ratios)
+    count = len(ratios)
+    if count < 2:
+        return Ratio(mean, error, count)
+    logs = np.log(ratios)
+    middle, spread = float(logs.mean()), float(logs.std(ddof=1)) / math.sqrt(count)
+    if spread == 0.0:  # equal to the last bit: of counts, not of times
+        errors = math.copysign(math.inf, middle) if middle else 0.0
+    else:
+        errors = middle / spread
+    from scipy.stats import t
+
+    return Ratio(mean, error, count, float(2 * t.sf(abs(errors), count - 1)), errors)
+
+
+def ratio(of: Row, to: Row, what: str = "training") -> Ratio:
+    """Returns how many times the cost of `of` the row `to` had.
 
     Seeds are paired: same initial parameters where the model is the same, same order of the data.
     """
     seeds = sorted(set(of.reached) & set(to.reached))
-    ratios = [cost(to.reached[s], what) / cost(of.reached[s], what) for s in seeds]
-    return (*mean_and_error(ratios), len(ratios))
+    return ratio_of([cost(to.reached[s], what) / cost(of.reached[s], what) for s in seeds])
 
 
 def at_least(site: Site, of: Row, baseline: str, what: str = "training") -> float:
@@ -133,14 +183,17 @@ def names_of(site: Site) -> list[str]:
 def compared_with(name: str) -> str | None:
     """Returns the row below: for the first rung the baseline that learns alike, None for that."""
     if name in BASELINES:
-        return TORCH if name == TORCH_TUNED else None
+        return {TORCH_TUNED: TORCH, TORCH_COMPILED: TORCH_TUNED}.get(name)
     return below(name) or TORCH
 
 
 def mean_end(site: Site, baseline: str) -> float:
-    """Returns the mean bits per byte at the end of a baseline's whole budget; NaN without runs."""
+    """Returns the mean bits per byte at the end of a baseline's whole budget; NaN without runs.
+
+    Of the scale's `target_seeds` first seeds alone: further ones move no target.
+    """
     ends = []
-    for seed in curves_of(site, baseline):
+    for seed in range(site.scale.target_seeds):
         whole = lengths_of(site, baseline, seed).get(site.scale.tokens)
         if whole is not None:
             ends.append(last_bits(whole["points"]))
@@ -150,7 +203,7 @@ def mean_end(site: Site, baseline: str) -> float:
 def further_targets(site: Site, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> list[float]:
     """Returns the mean bits per byte of the tuned baseline after shares of its budget, falling."""
     ends: list[list[float]] = [[] for _ in shares]
-    for seed in curves_of(site, TORCH_TUNED):
+    for seed in range(site.scale.target_seeds):
         whole = lengths_of(site, TORCH_TUNED, seed).get(site.scale.tokens)
         if whole is None:
             continue

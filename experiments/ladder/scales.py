@@ -12,13 +12,15 @@ from model.presets import gpt2
 from train.optimizers import AdamW, Muon
 from train.schedules import Linear
 
+HeldOut = Literal["validation", "test"]
+
 
 @dataclass(frozen=True)
 class Choices:
-    """What was chosen by trials (`--tune`), each group with as many trials as the baseline's.
+    """What is chosen by trials (`--tune all`), with as many of ours as of the baseline's.
 
     Attributes:
-      torch_adamw: of the second baseline, by `python -m experiments.baselines.tune`.
+      torch_adamw: of the second baseline.
       torch_warmup: share of its steps.
       torch_schedule: after that.
       adamw: for the GPT-2 block.
@@ -57,9 +59,11 @@ class Scale:
       rows: of the baselines' batch.
       length: tokens of a row.
       tokenizer: of all rungs but one.
-      held_out: the split that the ladder is reported on; trials never see it but where the data
-        has no other than "validation".
+      held_out: the split that runs are evaluated on. All is chosen on "validation"; "test" is
+        opened for what has been chosen.
       tokens: the budget of either baseline, fixed before anything was tuned.
+      target_seeds: seeds of a baseline, from 0, whose mean end is the target: so many are run
+        before any rung, however many the rungs have, so that a target never moves.
       evaluations: of a run; a torch baseline, which is run once, has four times as many.
       runs: lengths that the search tries at most.
       choices: what was tuned.
@@ -83,7 +87,8 @@ class Scale:
     device: Any = "cpu"
     precision: Any = "float32"
     label: str = ""
-    held_out: Literal["validation", "test"] = "test"
+    held_out: HeldOut = "validation"
+    target_seeds: int = 1
 
     @property
     def steps(self) -> int:
@@ -107,7 +112,7 @@ class Scale:
 
 
 # 1.1 M parameters and 1.2 million tokens, so that either baseline takes under two minutes on two
-# cores. Rates are of the first trials at the demo's size and stand until `--tune` has run.
+# cores. Rates are of the first trials at the demo's size and stand until `--tune all` has run.
 CPU = Scale(
     name="cpu",
     data=("stdlib",),
@@ -116,6 +121,7 @@ CPU = Scale(
     length=128,
     tokenizer="sentencepiece:2048",
     tokens=16 * 128 * 600,
+    target_seeds=5,
 )
 
 # GPT-2 124M, batches of 32 x 1,024 tokens, 1,000 steps of them: 33 million tokens, which an H100 or
@@ -154,6 +160,7 @@ TINY = Scale(
     tokenizer="bytes",
     tokens=8 * 32 * 48,
     evaluations=4,
+    target_seeds=2,
     choices=Choices(rows=4, vocabulary="sentencepiece:512"),
 )
 

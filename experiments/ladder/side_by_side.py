@@ -15,7 +15,16 @@ from experiments.bench.ratios import order
 from experiments.bench.sides import REST, Side
 from experiments.grid import Measurement
 from experiments.ladder.child import job_to_json
-from experiments.ladder.climb import BASELINES, TORCH_TUNED, Site, job_of, recipe_for
+from experiments.ladder.climb import (
+    BASELINES,
+    TORCH_TUNED,
+    Site,
+    data_name,
+    job_of,
+    recipe_for,
+    recipe_key,
+)
+from experiments.ladder.scales import Scale
 from experiments.machine import machine
 from train.tokenizers import load_tokenizer
 
@@ -35,10 +44,11 @@ def measure(site: Site, name: str) -> None:
     Does nothing if that is known.
     """
     item = item_of(site, name)
-    seeds = site.gathered.index.setdefault(site.table, {}).setdefault(item.name, {})
+    seeds = site.gathered.index.setdefault(_table(site), {}).setdefault(item.name, {})
     if not site.gathered.has(item):
         print(f"\n{item.name}")
-        site.gathered.add(item, _take_turns(site, name), machine())
+        values = {**_take_turns(site, name), "recipes": _recipes(site.scale, name)}
+        site.gathered.add(item, values, machine())
     seeds["0"] = item.key
     site.save()
 
@@ -46,11 +56,29 @@ def measure(site: Site, name: str) -> None:
 def speed_of(site: Site, name: str) -> float | None:
     """Returns the ratio of seconds a token, above 1 for a rung faster than the tuned baseline.
 
-    None if it has not been measured.
+    None if it has not been measured, or of other recipes than today's. It is the same on either
+    split.
     """
-    key = site.gathered.index.get(site.table, {}).get(f"side by side, {name}", {}).get("0", "")
+    key = site.gathered.index.get(_table(site), {}).get(f"side by side, {name}", {}).get("0", "")
     cell = site.gathered.cells.get(key)
-    return None if cell is None else float(cell["values"]["ratio"])
+    if cell is None or cell["values"].get("recipes") != _recipes(site.scale, name):
+        return None
+    return float(cell["values"]["ratio"])
+
+
+def speed_against(site: Site, name: str, baseline: str) -> float | None:
+    """Returns the ratio of seconds a token of any baseline and a rung, each by the tuned one's."""
+    mine = speed_of(site, name)
+    theirs = 1.0 if baseline == TORCH_TUNED else speed_of(site, baseline)
+    return None if mine is None or theirs is None else mine / theirs
+
+
+def _recipes(scale: Scale, name: str) -> list[str]:
+    return [recipe_key(scale, each) for each in (name, TORCH_TUNED)]
+
+
+def _table(site: Site) -> str:
+    return data_name(site.scale.at(held_out="validation"))
 
 
 def _take_turns(site: Site, name: str) -> dict[str, Any]:

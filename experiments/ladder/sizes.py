@@ -22,7 +22,8 @@ import numpy as np
 from experiments.ablate.gathered import Gathered
 from experiments.ablate.markdown import grid
 from experiments.ablate.report import read
-from experiments.ladder.climb import Site, climb, target_of
+from experiments.attempts import Failures
+from experiments.ladder.climb import Site, climb, scale_named, target_of
 from experiments.ladder.rows import curves_of, mean_end, ratio, row_of
 from experiments.ladder.rungs import RUNGS, below, recipe_of, rung_named
 from experiments.ladder.scales import SCALES, Scale
@@ -110,12 +111,15 @@ def scales_of(scale: Scale) -> dict[str, Scale]:
             tokens=round(tokens / quantum) * quantum,
             choices=choices,
             runs=RUNS,
+            target_seeds=1,
             label=label,
         )
     return found
 
 
-def run_sizes(site: Site, names: tuple[str, ...], seeds: int, path: Path) -> list[Path]:
+def run_sizes(
+    site: Site, names: tuple[str, ...], seeds: int, path: Path, failures: Failures
+) -> list[Path]:
     """Climbs at every size, and returns the files written.
 
     Args:
@@ -123,6 +127,7 @@ def run_sizes(site: Site, names: tuple[str, ...], seeds: int, path: Path) -> lis
       names: rungs; all that are kept if empty.
       seeds: how many.
       path: of the JSON; Markdown and picture lie beside it.
+      failures: takes in rungs that failed; others go on.
 
     Raises:
       ValueError: a rung below the first that is measured.
@@ -133,13 +138,14 @@ def run_sizes(site: Site, names: tuple[str, ...], seeds: int, path: Path) -> lis
         raise ValueError(f"{low[0]} lies below {FROM}, from which the sizes are measured")
     chosen = tuple(name for name in order[order.index(FROM) + 1 :] if name in chosen)
     try:
-        for scale in scales_of(site.scale).values():
+        for label, scale in scales_of(site.scale).items():
             small = dataclasses.replace(site, scale=scale)
-            target_of(small, FROM, seeds)
-            target = mean_end(small, FROM)
-            for name in chosen:
-                for seed in range(seeds):
-                    climb(small, name, seed, target)
+            with failures.passed_over(f"{FROM} at {label}, and so the size"):
+                target_of(small, FROM, max(seeds, scale.target_seeds))
+                for name in chosen:
+                    for seed in range(seeds):
+                        with failures.passed_over(f"{name} at {label}, seed {seed}"):
+                            climb(small, name, seed, mean_end(small, FROM))
     except TimeoutError as late:
         print(f"\nthe minutes are up: {late}")
     finally:
@@ -215,18 +221,16 @@ def _measured(path: Path, name: str) -> str:
         return ""
     gathered: Gathered = read(other)
     for table in gathered.index:
-        names, tokenizer = table.rsplit(", ", 1)
-        scale = SCALES["gpu"].at(data=tuple(names.split(" + ")), tokenizer=tokenizer)
-        far = Site(scale, Path(), gathered)
+        far = Site(scale_named(SCALES["gpu"], table), Path(), gathered)
         target = mean_end(far, FROM)
         if math.isnan(target):
             continue
         under = _measured_below(far, name)
         if under is None:
             continue
-        mean, _, pairs = ratio(row_of(far, name, target, FROM), row_of(far, under, target, FROM))
-        if pairs:
-            return f"{mean:.2f}x"
+        found = ratio(row_of(far, name, target, FROM), row_of(far, under, target, FROM))
+        if found.pairs:
+            return f"{found.mean:.2f}x"
     return ""
 
 

@@ -1,92 +1,153 @@
-"""The trials that the choices of a rung come from."""
+"""Runs and writes the trials that the choices of rungs and of the tuned baseline come from."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.ablate.markdown import grid
-from experiments.grid import Cell, read_result
-from experiments.ladder.child import FACTS
-from experiments.ladder.climb import Site
-from experiments.ladder.measure import last_bits, points_of
-from experiments.ladder.rungs import recipe_of, rung_named
-from experiments.run import read_json, write_text
-from train.loop import LoopSettings
+from experiments.ablate.report import read
+from experiments.attempts import Failures
+from experiments.ladder.climb import Site, scale_named
+from experiments.ladder.measure import last_bits
+from experiments.ladder.scales import Scale
+from experiments.ladder.trials import (
+    SEED,
+    Chosen,
+    Group,
+    chain,
+    changes,
+    edges,
+    groups_named,
+    read_group,
+    table_of,
+    trial_job,
+    tuned_on,
+)
+from experiments.run import write_text
 
-SEED = 100  # one that no table uses
 
+def run_tuning(site: Site, names: Sequence[str], path: Path, failures: Failures) -> list[Path]:
+    """Runs the trials of rungs or of the tuned baseline and returns the files written.
 
-def run_tuning(site: Site, name: str, path: Path) -> list[Path]:
-    """Runs the trials of a rung and returns the files written.
+    Groups choose in order: what one has chosen holds for all that follow.
 
     Args:
-      site: where; its scale has the choices that the trials differ from.
-      name: of the rung.
+      site: where; its scale has the choices that the first group starts from.
+      names: of rungs, the tuned baseline, or "all".
       path: of the JSON; the Markdown lies beside it.
+      failures: takes in trials that failed; others go on.
 
     Raises:
-      ValueError: the rung has nothing to tune.
+      ValueError: a rung has nothing to tune.
     """
-    rung = rung_named(name)
-    if rung.trials is None:
-        raise ValueError(f"the rung {name} has nothing to tune")
-    table = f"{site.table}: {name}"
+    scale = site.scale
     try:
-        for trial, choices in rung.trials(site.scale).items():
-            scale = site.scale.at(choices=choices)
-            tokens = scale.search.rounded(rung.trial_share * scale.tokens)
-            settings = recipe_of(name, scale).settings(scale.data, tokens, SEED)
-            cell = Cell(trial, settings, LoopSettings(log_every=max(1, settings.steps // 20)))
-            values = _run(site, cell)
-            site.gathered.index.setdefault(table, {})[trial] = {str(SEED): cell.key}
-            site.save()
-            print(f"{trial}: {last_bits(values['points']):.4f} bits per byte")
+        for group in groups_named(names):
+            _run(site, scale, group, failures)
+            chosen = read_group(site.gathered, scale, group)
+            print("\n" + "\n".join(_said(chosen)))
+            scale = scale.at(choices=chosen.after)
     except TimeoutError as late:
         print(f"\nthe minutes are up: {late}")
-    return write_trials(site, path)
+    finally:
+        site.save()
+        written = write_trials(site, path)
+        print(f"\nwritten: {', '.join(map(str, written))}")
+    print("\n".join(standing(site)))
+    return written
 
 
-def _run(site: Site, cell: Cell) -> dict:
-    import time
+def _run(site: Site, scale: Scale, group: Group, failures: Failures) -> None:
+    trials, table = group.trials(scale), table_of(scale, group)
+    rows = site.gathered.index.get(table, {})
+    # A title of the past is no trial of today.
+    site.gathered.index[table] = {title: rows[title] for title in trials if title in rows}
+    for title, choices in trials.items():
+        with failures.passed_over(f"the trial {title} of {group.name}"):
+            job, recipe = trial_job(scale, group, title, choices)
+            values = site.take(job, table, SEED, recipe)
+            print(f"{group.name}, {title}: {last_bits(values['points']):.4f} bits per byte")
 
-    if not site.gathered.has(cell):
-        if site.minutes is not None and time.monotonic() - site.begun > 60 * site.minutes:
-            raise TimeoutError(f"{cell.name} is left for another time")
-        if read_result(cell, site.folder) is None:
-            print(f"\n{cell.name}")
-            site.run(cell, site.folder)
-        result = read_result(cell, site.folder)
-        assert result is not None
-        facts = read_json(result.folder / FACTS)
-        values = {"reason": result.reason, "points": points_of(result)}
-        site.gathered.add(cell, values, facts["machine"])
-    return site.gathered.cells[cell.key]["values"]
+
+def _said(chosen: Chosen) -> list[str]:
+    name = chosen.group.name
+    if chosen.best is None:
+        left = len(chosen.trials) - len(chosen.bits)
+        why = f"{left} of its trials are missing" if left else "every trial diverged"
+        return [f"{name}: nothing is chosen, {why}; what stood before holds"]
+    lines = [f"{name}: {chosen.best}, {chosen.bits[chosen.best]:.4f} bits per byte"]
+    return [*lines, *(f"{name}: AT AN EDGE of the grid: {edge}" for edge in edges(chosen))]
+
+
+def standing(site: Site) -> list[str]:
+    """Returns lines that say whether `scales.py` has what the trials on record chose."""
+    scale = tuned_on(site.gathered, site.scale)
+    found = chain(site.gathered, scale)
+    lines = []
+    if missing := [chosen.group.name for chosen in found if chosen.best is None]:
+        lines.append(f"Not all trials are on record of {'; '.join(missing)}: those are guesses.")
+    if new := changes(scale.choices, found[-1].after):
+        lines.append("Trials chose otherwise than experiments/ladder/scales.py (--tuned takes it):")
+        lines += [f"    {name}={value!r}," for name, value in new.items()]
+    elif not missing:
+        lines.append("The choices in experiments/ladder/scales.py are those of the trials.")
+    return lines
 
 
 def write_trials(site: Site, path: Path) -> list[Path]:
-    """Writes all trials that are gathered, best first."""
-    lines = ["# Trials of the ladder's rungs", ""]
-    lines += [f"    python -m experiments.speedrun --scale {site.scale.name} --tune RUNG", ""]
-    lines += ["One run each, of a seed that no other table uses; what was chosen from them stands"]
-    lines += ["in `experiments/ladder/scales.py`."]
-    for table in site.gathered.index:
-        results = site.gathered.results(table).by_name
-        rows = [
-            (last_bits(values["points"]), trial, values)
-            for trial, seeds in results.items()
-            for values in seeds.values()
-        ]
-        # NaN, of one that diverged, is last
-        rows.sort(key=lambda row: (row[0] != row[0], row[0]))
-        body = [
-            [trial, f"{bits:.4f}", f"{values['points'][-1]['tokens']:,}", values["reason"]]
-            for bits, trial, values in rows
-            if values["points"]
-        ]
-        lines += ["", f"## {table}", ""]
-        lines += grid(["trial", "bits per byte at the end", "tokens", "ended"], body, "lrrl")
-    site.save()
+    """Writes all trials that are gathered, best first, and what was chosen from them."""
+    lines = [f"# Trials, scale {site.scale.name}", ""]
+    lines += [f"    python -m experiments.speedrun --scale {site.scale.name} --tune all", ""]
+    lines += [
+        f"One run each, of seed {SEED}, which no other table uses, measured at its end on the "
+        "validation split. A group holds what those before it chose. What was chosen is to stand "
+        "in `experiments/ladder/scales.py`; `--tuned` takes it from here."
+    ]
+    for name in dict.fromkeys(table.partition(": ")[0] for table in site.gathered.index):
+        scale = scale_named(site.scale, name)
+        found = [each for each in chain(site.gathered, scale) if each.bits]
+        lines += ["", f"## {name}", "", counts(found)]
+        for chosen in found:
+            lines += ["", f"### {chosen.group.name}", ""]
+            lines += [*_listed(site, scale, chosen), "", *(f"* {x}" for x in _said(chosen))]
     written = [path, path.with_suffix(".md")]
     write_text(written[1], "\n".join(lines) + "\n")
-    print(f"\nwritten: {', '.join(map(str, written))}")
     return written
+
+
+def counts(found: Sequence[Chosen]) -> str:
+    """Says how many runs either side was tuned with."""
+    runs = {side: set[str]() for side in ("torch", "ours")}
+    for chosen in found:
+        runs[chosen.group.side] |= chosen.keys
+    return (
+        f"Trials on record: {len(runs['torch'])} of the tuned torch baseline, "
+        f"{len(runs['ours'])} of ours."
+    )
+
+
+def _listed(site: Site, scale: Scale, chosen: Chosen) -> list[str]:
+    rows = site.gathered.index[table_of(scale, chosen.group)]
+    body = []
+    # NaN, of one that diverged, is last.
+    for title, bits in sorted(chosen.bits.items(), key=lambda r: (math.isnan(r[1]), r[1])):
+        values = site.gathered.cells[rows[title][str(SEED)]]["values"]
+        last = values["points"][-1] if values["points"] else {}
+        cost = [f"{last['tokens']:,}", f"{last['training']:.1f}"] if last else ["", ""]
+        body.append([title, f"{bits:.4f}", *cost, values["reason"]])
+    return grid(
+        ["trial", "bits per byte at the end", "tokens", "training s", "ended"], body, "lrrrl"
+    )
+
+
+def on_record(path: Path, site: Site) -> list[Chosen]:
+    """Returns what the groups say that hold for a site's data, from the JSON of the trials."""
+    gathered = read(tuning_path(path, site.scale))
+    return chain(gathered, tuned_on(gathered, site.scale))
+
+
+def tuning_path(path: Path, scale: Scale) -> Path:
+    """Returns where the trials of a scale lie, beside another JSON of the ladder."""
+    return path.with_name(f"speedrun-tuning-{scale.name}.json")

@@ -72,6 +72,14 @@ OPTIMIZERS: dict[str, type[Any]] = {
 }
 """Settings class of each optimizer, by the name that a command line uses."""
 
+VARIANTS: dict[str, OptimizerSettings] = {
+    "muon, Polar Express": Muon(newton_schulz_coefficients="polar_express"),
+    "muon, cautious decay": Muon(cautious_decay=True),
+    "adamw, cautious steps": AdamW(cautious=True),
+    "adamw, tail average": AdamW(tail_fraction=0.2),
+}
+"""Settings that are techniques of their own, to be compared with those optimizers as they are."""
+
 
 _HALVES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _WIDE = (0.1, 0.3, 1.0, 3.0, 10.0)  # where no published rate fits models of our size
@@ -82,10 +90,11 @@ RATE_GRIDS: dict[str, tuple[float, ...]] = {
     )
     for name, kind in OPTIMIZERS.items()
 }
-"""Learning rates to try for each optimizer, five for all alike, around that of its settings.
+"""Learning rates to try for each optimizer or variant, five for all, around that of its settings.
 
 For an optimizer of matrices the rate of its AdamW part goes along: `at_rate`.
 """
+RATE_GRIDS |= {name: RATE_GRIDS[name.split(", ")[0]] for name in VARIANTS}
 
 
 def at_rate(name: str, learning_rate: float) -> Any:
@@ -94,12 +103,21 @@ def at_rate(name: str, learning_rate: float) -> Any:
     >>> at_rate("muon", 0.032).adam_learning_rate
     0.0064
     """
-    settings = optimizer_named(name)()
+    settings = settings_named(name)
     changes = {"learning_rate": learning_rate}
     if isinstance(settings, MatrixSettings):
         factor = learning_rate / settings.learning_rate
         changes["adam_learning_rate"] = settings.adam_learning_rate * factor
     return dataclasses.replace(settings, **changes)
+
+
+def settings_named(name: str) -> Any:
+    """The settings of an optimizer as they are, or of a variant.
+
+    >>> settings_named("adamw, cautious steps").cautious
+    True
+    """
+    return VARIANTS[name] if name in VARIANTS else optimizer_named(name)()
 
 
 def optimizer_named(name: str) -> type[Any]:

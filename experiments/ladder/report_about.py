@@ -1,0 +1,117 @@
+"""What stands above the tables of a ladder: protocol, text, threads, rungs, and the trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.ablate.report import read
+from experiments.ladder.climb import BASELINES, Site, baselines_of, data_name
+from experiments.ladder.rungs import RUNGS
+from experiments.ladder.scales import SCALES
+from experiments.ladder.trials import SEED, Chosen, changes, edges, tuned_on
+from experiments.ladder.tune import counts, on_record, tuning_path
+
+
+def about(site: Site, path: Path) -> list[str]:
+    """Returns the lines that say what was measured, and how.
+
+    Args:
+      site: of a data set and split.
+      path: of the ladder's JSON.
+    """
+    scale = site.scale
+    lines = [
+        f"Budget of a baseline: {scale.steps:,} steps of {scale.rows} x {scale.length} tokens "
+        f"({scale.tokens / 1e6:.2f} M), fixed before anything was tuned. A target is the mean loss "
+        f"of a baseline at the end of that budget, over seeds 0 to {scale.target_seeds - 1}, "
+        "however many a rung has. Every rung looks for the length of its schedule by one rule "
+        f"(`experiments/ladder/search.py`), with at most {scale.search.runs} runs; the first "
+        f"evaluation at or under the target counts, at {scale.evaluations} evaluations a run. "
+        "Figures are means over seeds ± standard errors; ratios are of paired seeds, above 1 is "
+        "faster, p is of a two-sided paired t-test of their logarithms. "
+        "Side by side: the ratio of tokens times that of seconds a token, with rung and baseline "
+        "in turn on the same machine. " + _split(site),
+        "",
+        *_facts(site),
+        *(f"* {name}: {BASELINES[name]}" for name in baselines_of(scale)),
+        *(f"* {rung.name}: {rung.about}" for rung in RUNGS),
+    ]
+    return [*lines, "", *_trials(site, path)]
+
+
+def _split(site: Site) -> str:
+    if site.scale.held_out == "validation":
+        return (
+            "Losses are of the validation split, on which lengths, rates and what is kept are "
+            "chosen: the figures to report are those of the test split, where there is one."
+        )
+    return (
+        "Losses are of the test split, which no trial and no search has seen: the lengths are "
+        "those that suited the validation split, and its runs were trained once more."
+    )
+
+
+def _facts(site: Site) -> Iterable[str]:
+    """The text by its hash, and the threads of either side."""
+    texts: dict[str, set[str]] = {}
+    threads: dict[str, set[int]] = {"torch": set(), "ours": set()}
+    for title, values in _runs(site):
+        for name, sha256 in values.get("texts", {}).items():
+            texts.setdefault(name, set()).add(sha256)
+        if values.get("threads"):
+            side = "torch" if title.partition(", ")[0] in BASELINES else "ours"
+            threads[side].add(values["threads"])
+    for name, found in texts.items():
+        warning = "" if len(found) == 1 else " (**runs of different texts stand in one table**)"
+        yield f"* text: {name}, sha256 {', '.join(sorted(found))}{warning}"
+    if said := [f"{side} {_listed(found)}" for side, found in threads.items() if found]:
+        yield f"* threads: {', '.join(said)}"
+
+
+def _runs(site: Site) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    for title, seeds in site.gathered.index.get(site.table, {}).items():
+        for key in seeds.values():
+            if (cell := site.gathered.cells.get(key)) is not None:
+                yield title, cell["values"]
+
+
+def _trials(site: Site, path: Path) -> list[str]:
+    """The trials on record: how many on either side, their grids, and whether they are heeded."""
+    plain = SCALES[site.scale.name]
+    guess = "The choices are guesses and no figure is a claim: no trials are on record"
+    found = [chosen for chosen in on_record(path, site) if chosen.bits]
+    if not found:
+        return [f"{guess} (`python -m experiments.speedrun --scale {plain.name} --tune all`)."]
+    there = tuned_on(read(tuning_path(path, plain)), site.scale)
+    lines = [f"{counts(found)} One run each of seed {SEED}, on the validation split."]
+    if data_name(there) != data_name(site.scale.at(held_out="validation")):
+        lines[0] += (
+            f" They are of {data_name(there.at(held_out='validation'))}: rates, schedules and batch"
+            " are taken over from there on both sides, and nothing was tuned on this text."
+        )
+    if new := changes(site.scale.choices, on_record(path, site)[-1].after):
+        lines[0] += f" **The rows below do not have what they chose: {', '.join(new)}.**"
+    lines.append("")
+    for chosen in found:
+        lines.append(f"* {chosen.group.name} ({len(chosen.bits)}): {_grid(chosen)}")
+        lines += [f"    * at an edge: {edge}" for edge in edges(chosen)]
+    return lines
+
+
+def _grid(chosen: Chosen) -> str:
+    """Every trial with its bits per byte, the chosen one in bold."""
+    cells = []
+    for title in chosen.trials:
+        if title in chosen.bits:
+            bits = chosen.bits[title]
+            text = f"{title}: {bits:.4f}" if math.isfinite(bits) else f"{title}: diverged"
+            cells.append(f"**{text}**" if title == chosen.best else text)
+    missing = len(chosen.trials) - len(chosen.bits)
+    return "; ".join(cells) + (f"; {missing} missing" if missing else "")
+
+
+def _listed(found: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(found)))

@@ -1,0 +1,224 @@
+"""Trials: as many on either side, one chain of choices, and what is said of them."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from experiments.ablate.gathered import Gathered
+from experiments.ablate.report import read
+from experiments.baselines import tune
+from experiments.baselines.cells import BaselineCell
+from experiments.ladder import command as command_module
+from experiments.ladder.climb import TORCH_TUNED, Site, job_of
+from experiments.ladder.command import run_ladder, scale_of
+from experiments.ladder.scales import CPU, TINY, Choices
+from experiments.ladder.trials import (
+    SEED,
+    chain,
+    changes,
+    edges,
+    groups,
+    groups_named,
+    numbers,
+    read_group,
+    table_of,
+    trial_job,
+)
+from tests.ladder_cases import Counting, cells_of, ladder, law, settings_of
+from train.optimizers import AdamW
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Which take longer than all else here."""
+    monkeypatch.setattr(command_module, "draw", lambda site, path: False)
+
+
+BEST = {  # neither what stands in the code nor at an edge, but for b1 and the rows
+    "torch": {"learning_rate": 3e-3, "b1": 0.8, "b2": 0.98, "weight_decay": 0.3},
+    "adamw": 2e-3,
+    "muon": 0.04,
+    "adam": 0.2 * 0.04,
+    "rows": 2,
+}
+
+
+def bowl(job, share):
+    """Bits that are lowest at `BEST`; those of the ladder's own runs follow their law."""
+    settings = settings_of(job)
+    if settings.seed != SEED:
+        return law(job, share)
+    optimizer, bits = settings.optimizer, 2.0
+    if isinstance(job, BaselineCell):
+        for name, value in BEST["torch"].items():
+            bits += abs(math.log((getattr(optimizer, name) + 1e-4) / (value + 1e-4)))
+        return bits + (type(settings.schedule).__name__ != "Cosine")
+    rate = BEST["adamw" if isinstance(optimizer, AdamW) else "muon"]
+    bits += abs(math.log(optimizer.learning_rate / rate))
+    bits += abs(math.log(getattr(optimizer, "adam_learning_rate", BEST["adam"]) / BEST["adam"]))
+    bits += abs(math.log2(settings.phases[0].batch_size / BEST["rows"]))
+    for path, factor in optimizer.learning_rate_rules:
+        bits += abs(math.log(factor / {"token_embedding": 4.0, "head": 1.0}[path]))
+    return bits
+
+
+def tuned(folder, *names, **fields):
+    run = Counting(bits_of=bowl)
+    return ladder(folder, tune=names or ("all",), **{"run": run, **fields})
+
+
+@pytest.mark.parametrize("scale", [CPU, TINY])
+def test_either_side_has_as_many_trials(scale):
+    """Runs, whatever is chosen on the way; what two groups share runs once."""
+    for pick in (0, -1):
+        keys = {"torch": [], "ours": []}
+        now = scale
+        for group in groups():
+            trials = group.trials(now)
+            for title, choices in trials.items():
+                job, _ = trial_job(now, group, title, choices)
+                assert settings_of(job).held_out == "validation"
+                assert settings_of(job).seed == SEED
+                keys[group.side].append(job.key)
+            now = now.at(choices=list(trials.values())[pick])
+        assert len(set(keys["torch"])) == len(set(keys["ours"]))
+
+
+def test_the_baseline_is_tuned_in_rate_schedule_betas_and_decay():
+    trials = tune.rates_and_schedules(CPU)
+    adamws = {choices.torch_adamw.learning_rate for choices in trials.values()}
+    schedules = {type(choices.torch_schedule) for choices in trials.values()}
+    assert (len(adamws) >= 5, len(schedules)) == (True, 2)
+    best = CPU.at(choices=trials["cosine 0.003"])
+    pairs = {(c.torch_adamw.b1, c.torch_adamw.b2) for c in tune.betas(best).values()}
+    assert len({b1 for b1, _ in pairs}) >= 3 <= len({b2 for _, b2 in pairs})
+    assert len(pairs) == len(tune.FIRST_MOMENTS) * len(tune.SECOND_MOMENTS)
+    for choices in (*tune.betas(best).values(), *tune.decays(best).values()):
+        assert choices.torch_adamw.learning_rate == 3e-3
+        assert choices.torch_schedule == trials["cosine 0.003"].torch_schedule
+    with pytest.raises(ValueError, match="4 rates and 2 schedules do not tune a baseline"):
+        tune.rates_and_schedules(CPU, (1.0, 2.0, 3.0, 4.0))
+
+
+def test_a_trial_of_the_baseline_is_the_ladders_baseline_with_other_choices():
+    group = groups_named([TORCH_TUNED])[0]
+    choices = group.trials(CPU)["linear 0.005"]
+    job, _ = trial_job(CPU, group, "linear 0.005", choices)
+    theirs = job_of(CPU.at(choices=choices), TORCH_TUNED, CPU.tokens, SEED)
+    assert job.baseline == theirs.baseline
+
+
+def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
+    command = tuned(tmp_path)
+    path, text = run_ladder(command)
+    assert len(command.run.ran) == 52
+    found = chain(read(path), TINY)
+    after = found[-1].after
+    for name, value in BEST["torch"].items():
+        assert getattr(after.torch_adamw, name) == value
+    assert type(after.torch_schedule).__name__ == "Cosine"
+    assert (after.adamw.learning_rate, after.rows, after.rows_rate) == (2e-3, 2, 2e-3)
+    assert (after.muon.learning_rate, after.muon.adam_learning_rate) == (0.04, BEST["adam"])
+    assert (after.embedding_rate, after.head_rate) == (4.0, 1.0)
+    content = text.read_text()
+    assert "26 of the tuned torch baseline, 26 of ours" in content
+    printed = capsys.readouterr().out
+    for lines in (content, printed):
+        assert "betas: AT AN EDGE of the grid: torch_adamw.b1 0.8 is the lowest" in lines
+        assert "groups: AT AN EDGE of the grid: embedding_rate 4 is the highest" in lines
+        assert "rate and schedule: AT AN EDGE" not in lines
+    assert "    rows=2," in printed
+    again = tuned(tmp_path, cells=tmp_path / "clone")
+    run_ladder(again)
+    assert again.run.ran == []
+    # Once the choices stand in the code, the same runs are theirs.
+    assert [each.best for each in chain(read(path), TINY.at(choices=after))] == [
+        each.best for each in found
+    ]
+
+
+def test_the_ladder_takes_the_choices_of_the_trials_and_prints_both_grids(tmp_path, capsys):
+    run_ladder(tuned(tmp_path))
+    command = ladder(tmp_path, rungs=("rate",), tuned=True)
+    assert scale_of(command).choices.torch_adamw.b1 == 0.8
+    text = run_ladder(command)[1].read_text()
+    assert "26 of the tuned torch baseline, 26 of ours" in text
+    for group in groups():
+        line = next(x for x in text.splitlines() if x.startswith(f"* {group.name} ("))
+        assert line.count(";") == len(group.trials(TINY)) - 1
+        assert line.count("**") == 2
+    assert "at an edge: rows 2" in text
+    assert "rows below do not have what they chose" not in text
+    capsys.readouterr()
+    text = run_ladder(dataclasses.replace(command, tuned=False))[1].read_text()
+    assert "rows below do not have what they chose: torch_adamw, torch_schedule" in text
+    assert "--tuned takes it" in capsys.readouterr().out
+    tale = tmp_path / "tale.txt"
+    tale.write_text("once upon a time ")
+    other = dataclasses.replace(command, data=(str(tale),))
+    assert scale_of(other).choices.torch_adamw.b1 == 0.8
+    text = run_ladder(other)[1].read_text()
+    assert text.count("taken over from there on both sides, and nothing was tuned on this") == 1
+
+
+def test_a_group_that_is_not_whole_chooses_nothing(tmp_path):
+    command = tuned(tmp_path, "muon", run=Counting(("rate 0.04, AdamW's 0.008",), bowl))
+    command = dataclasses.replace(command, run=Counting(("rate 0.04",), bowl))
+    with pytest.raises(ValueError, match=r"2 failed, .*the trial rate 0\.04, AdamW's 0\.008 of mu"):
+        run_ladder(command)
+    assert len(command.run.ran) == 8  # the others ran
+    path = tmp_path / "results" / "speedrun-tuning-tiny.json"
+    (group,) = groups_named(["muon"])
+    found = read_group(read(path), TINY, group)
+    assert (found.best, found.after, len(found.bits)) == (None, TINY.choices, 6)
+    assert "nothing is chosen, 2 of its trials are missing" in path.with_suffix(".md").read_text()
+
+
+def test_trials_of_the_past_are_no_longer_listed(tmp_path):
+    path, text = run_ladder(tuned(tmp_path, "muon"))
+    content = json.loads(path.read_text())
+    (group,) = groups_named(["muon"])
+    rows = content["tables"][table_of(TINY, group)]
+    rows["rate 9"] = next(iter(rows.values()))
+    path.write_text(json.dumps(content))
+    assert "| rate 9 |" not in run_ladder(tuned(tmp_path, "muon"))[1].read_text()
+    assert "rate 9" not in json.loads(path.read_text())["tables"][table_of(TINY, group)]
+    # A trial of another recipe below counts no more, though its title is the same.
+    other = TINY.at(choices=dataclasses.replace(TINY.choices, rows=8))
+    assert read_group(read(path), other, group).bits == {}
+    assert len(read_group(read(path), TINY, group).bits) == 8
+
+
+def test_trials_are_listed_best_first_and_those_that_diverged_last(tmp_path):
+    def some(job, share):
+        return math.nan if settings_of(job).optimizer.learning_rate > 0.07 else bowl(job, share)
+
+    text = run_ladder(tuned(tmp_path, "muon", run=Counting(bits_of=some)))[1].read_text()
+    listed = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| rate")]
+    assert listed[0] == "rate 0.04, AdamW's 0.008"
+    assert {title.split(",")[0] for title in listed[-2:]} == {"rate 0.08"}
+    assert cells_of(text, listed[0])[2] == f"{TINY.search.rounded(0.3 * TINY.tokens):,}"
+
+
+def test_an_edge_needs_three_values_and_no_decay_is_none():
+    (group,) = groups_named(["groups"])
+    site = Site(TINY, None, Gathered({}))
+    whole = read_group(site.gathered, TINY, group)
+    at = lambda title: edges(whole._replace(best=title))
+    assert edges(whole) == []
+    assert at("embeddings x1, head x0.5") == ["embedding_rate 1 is the lowest that was tried"]
+    assert at("embeddings x2, head x1") == []  # of two heads one has to be the higher
+    decay = groups_named([TORCH_TUNED])[2]
+    whole = read_group(site.gathered, TINY, decay)
+    assert edges(whole._replace(best="decay 0")) == []
+    assert edges(whole._replace(best="decay 1")) == [
+        "torch_adamw.weight_decay 1 is the highest that was tried"
+    ]
+
+
+def test_differences_of_choices_are_named():
+    new = dataclasses.replace(Choices(), rows=4, torch_adamw=AdamW(learning_rate=1e-3))
+    assert list(changes(Choices(), new)) == ["torch_adamw", "rows"]
+    assert numbers(new)["torch_adamw.learning_rate"] == 1e-3
