@@ -150,6 +150,33 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         leave(1)
 
 
+def named_pairs(what: str, words: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Returns the words of a flag that takes NAME=VALUE as pairs.
+
+    Args:
+      what: the flag, "data" or "columns".
+      words: that follow it.
+
+    Raises:
+      ValueError: a word that is no pair, a name that is there twice.
+
+    >>> named_pairs("data", ("train=a=b.tsv",))
+    (('train', 'a=b.tsv'),)
+    """
+    pairs = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--{what} has {word!r}; give NAME=VALUE, as in {_LIKE[what]}")
+        pairs.append((name, value))
+    if twice := sorted({a for a, _ in pairs if sum(a == b for b, _ in pairs) > 1}):
+        raise ValueError(f"--{what} names {', '.join(twice)} more than once")
+    return tuple(pairs)
+
+
+_LIKE = {"data": "train=train.tsv valid=dev.tsv", "columns": "text=sentence"}
+
+
 def _sentence(error: Exception) -> str:
     """What an error says, without the number that the system has for it.
 

@@ -24,7 +24,7 @@ from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
 from experiments.run import open_run, write_json
 from experiments.task_labels import labels_of, task_of, template_of
-from model import huggingface
+from model import huggingface, huggingface_files
 from model.config import TransformerConfig
 from model.heads import without_heads
 from model.huggingface_classifier import is_classifier, load_classifier, save_classifier
@@ -107,7 +107,7 @@ def to_huggingface(
             (folder / name).write_bytes(content)
     return [
         f"run          {run_folder} at step {run.step}",
-        f"model        {huggingface.CONFIG}, {huggingface.WEIGHTS}: {_size(params)}",
+        f"model        {huggingface_files.CONFIG}, {huggingface_files.WEIGHTS}: {_size(params)}",
         *notes,
         about,
         f"folder       {out}",

@@ -18,6 +18,7 @@ from experiments.assemble import Parts, averages
 from experiments.layout import Layout, everywhere, own_rows, place
 from experiments.methods import batch_map
 from experiments.prepare import Corpora, check_lengths, describe, open_data
+from experiments.replay_method import refuse_replay, replayed
 from experiments.run import phase_at
 from experiments.task_data import TaskData, describe_task, open_task
 from experiments.tasks import REPORTS
@@ -78,6 +79,7 @@ def open_feed(settings: Settings, out: Path) -> Opened:
     if settings.task is not None:
         tokenizer, data = open_task(settings, out)
         return Opened(tokenizer, describe_task(data), lambda: _task_feed(settings, tokenizer, data))
+    refuse_replay(settings)
     tokenizer, corpora = open_data(settings.data, settings.tokenizer, out)
     check_lengths(corpora, _window_length(settings), settings.held_out)
     return Opened(tokenizer, describe(corpora), lambda: _text_feed(settings, corpora, out))
@@ -144,11 +146,16 @@ def _task_feed(settings: Settings, tokenizer: Tokenizer, data: TaskData) -> Feed
     phase = settings.phases[0]  # all have its shape
 
     def own(layout: Layout, phase: Phase) -> slice | None:
+        if data.old is not None and layout.mesh.shape["context"] > 1:
+            raise ValueError(
+                "replayed text is not divided over the mesh axis context; leave it at 1"
+            )
         return own_rows(layout, phase.batch_size)
 
     def dataset(phase: Phase, own: slice | None) -> Any:
         size = phase.batch_size
-        return task_batches(train.arrays, seed=settings.seed, batch_size=size, rows=own)
+        made = task_batches(train.arrays, seed=settings.seed, batch_size=size, rows=own)
+        return made if data.old is None else replayed(made, settings, data.old, phase, own)
 
     def evaluation(layout: Layout, model: Model, parts: Parts, frozen: PyTree) -> Evaluation:
         step = make_output_step(task.outputs(model), parts.terms, parts.plugs.transforms)

@@ -29,13 +29,13 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.cli import parse_with_methods, run_main
+from experiments.cli import named_pairs, parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.execute import execute
 from experiments.execution import Execution
 from experiments.methods import METHODS
 from experiments.run import open_run, parse_parent
-from experiments.starts import start_run
+from experiments.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
 from experiments.task_data import open_task
 from experiments.task_report import describe_report, report_task
 from experiments.tasks import TASKS
@@ -57,20 +57,22 @@ class Finetune:
 
     Attributes:
       task: name, and its fields.
-      model: preset, and its fields; for --start scratch alone.
+      model: preset, and its fields; for --start scratch and vectors:FILE alone.
       optimizer: name, and its fields.
       schedule: name, and its fields.
-      start: "RUN", "RUN@STEP", "hf:FOLDER", "llama2c:FILE.bin" or "scratch".
+      start: "RUN", "RUN@STEP", "hf:FOLDER", "llama2c:FILE.bin", "vectors:FILE" (word2vec or GloVe,
+        as the embedding) or "scratch".
       data: SPLIT=FILE for train, valid and test: .tsv, .csv, .jsonl, or any text with --separator;
-        for translation also SPLIT=SOURCE,TARGET, two files of aligned lines, plain or .gz.
+        for translation also SPLIT=SOURCE,TARGET, two files of aligned lines, plain or .gz. One file
+        alone, train=FILE, is divided by a hash of its rows.
       columns: NAME=COLUMN where the file's column is called otherwise than the task calls it, as in
         text=sentence label=class; a second sentence is text2.
       separator: of columns; by default a tab in .tsv, a comma in .csv.
       column_names: of the columns in order, for files whose first line does not name them.
       bad_rows: "stop" at a row that does not parse, with its line number, or "skip" and count.
       share: of the training rows, drawn by the seed, that are trained on.
-      tokenizer: for a start from scratch ("sentencepiece:N" is trained on the training rows), or
-        of a foreign model without one.
+      tokenizer: for a start from scratch or word vectors ("sentencepiece:N" is trained on the
+        training rows), or of a foreign model without one.
       out: folder of the run.
       steps: updates; by default those of --epochs.
       epochs: passes over the training rows.
@@ -129,7 +131,7 @@ def settings_of(command: Finetune, methods: tuple[Any, ...] = ()) -> tuple[Setti
     if command.learning_rate is not None:
         optimizer = dataclasses.replace(optimizer, learning_rate=command.learning_rate)
     form = RowFormat(
-        _pairs("columns", command.columns),
+        named_pairs("columns", command.columns),
         command.separator,
         command.column_names,
         command.bad_rows,
@@ -139,21 +141,27 @@ def settings_of(command: Finetune, methods: tuple[Any, ...] = ()) -> tuple[Setti
             "--task.files is filled in from --data, --columns, --separator, --column-names, "
             "--bad-rows and --share; give those"
         )
-    paths = _pairs("data", command.data)
+    paths = named_pairs("data", command.data)
     files = TaskFiles(paths, form, share=command.share, share_seed=command.seed)
     task = dataclasses.replace(command.task, files=files).resolve()
-    parent = start_run(command.start, command.out / "start", command.tokenizer)
+    fresh = command.model
+    if fresh.positions == "rotary":  # has no table to outgrow
+        longest = max(fresh.max_length, command.sequence_length)
+        fresh = dataclasses.replace(fresh, max_length=longest)
+    drawn = Fresh(fresh, command.sequence_length, command.seed, task.texts)
+    parent = start_run(command.start, command.out / "start", command.tokenizer, drawn)
+    of_vectors = foreign_kind(command.start) == VECTORS
+    if command.forgetting is not None and (parent is None or of_vectors):
+        raise ValueError(
+            "a model that begins from scratch, or as word vectors, has nothing to forget; leave "
+            "--forgetting out"
+        )
     if parent is None:
-        if command.forgetting is not None:
-            raise ValueError("a model from scratch has nothing to forget; leave --forgetting out")
-        model, tokenizer = command.model, command.tokenizer or "sentencepiece:4096"
-        if model.positions == "rotary":  # has no table to outgrow
-            longest = max(model.max_length, command.sequence_length)
-            model = dataclasses.replace(model, max_length=longest)
+        model, tokenizer = fresh, command.tokenizer or PIECES
     else:
         run = open_run(*parse_parent(parent))
         model, tokenizer = run.model.config, str(run.folder / "tokenizer")
-        if command.model not in (model, modern_mini()):
+        if not of_vectors and command.model not in (model, modern_mini()):
             raise ValueError(f"a start from {command.start} keeps its model; leave --model out")
     if command.dropout is not None:
         model = dataclasses.replace(model, dropout=command.dropout)
@@ -231,26 +239,6 @@ def main() -> int:
         figures = report_task(command.out, command.forgetting)
         print("\n".join(describe_report(command.out, settings, figures)))
     return 0
-
-
-def _pairs(what: str, words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """NAME=VALUE words as pairs.
-
-    >>> _pairs("data", ("train=a=b.tsv",))
-    (('train', 'a=b.tsv'),)
-    """
-    pairs = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not (name and equals and value):
-            raise ValueError(f"--{what} has {word!r}; give NAME=VALUE, as in {_LIKE[what]}")
-        pairs.append((name, value))
-    if twice := sorted({a for a, _ in pairs if sum(a == b for b, _ in pairs) > 1}):
-        raise ValueError(f"--{what} names {', '.join(twice)} more than once")
-    return tuple(pairs)
-
-
-_LIKE = {"data": "train=train.tsv valid=dev.tsv", "columns": "text=sentence"}
 
 
 if __name__ == "__main__":

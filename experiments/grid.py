@@ -26,7 +26,8 @@ from train.loop import LoopSettings
 from train.records import Row, plain, read_rows
 from train.settings import Settings, digest, essential
 
-_IN_A_FOLDER = re.compile(r".*[/\\]([0-9a-f]{16}(@\d+|[/\\]tokenizer)?)")  # of cells
+# Of cells; of a source in a mixture, its weight counts as well.
+_IN_A_FOLDER = re.compile(r"([\d.]+\*)?.*[/\\]([0-9a-f]{16}(@\d+|[/\\]tokenizer)?)")
 ENDS = ("finished", "target", "patience", "nonfinite")  # not "signal": that cell goes on
 
 
@@ -141,13 +142,13 @@ class Measurement:
       settings: JSON values that say what it is, seed and keys of cells included; its hash is theirs
         alone.
       function: finds it out; takes the settings and returns JSON values.
-      needs: cells whose runs it opens.
+      needs: cells whose runs it opens, and measurements that write such a run.
     """
 
     name: str
     settings: Mapping[str, Any]
     function: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(compare=False, repr=False)
-    needs: tuple[Cell, ...] = field(default=(), compare=False, repr=False)
+    needs: tuple[Cell | Measurement, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -236,6 +237,8 @@ def without_folders(values: Any) -> Any:
     {'parent': '0123456789abcdef@300', 'data': ['a/b.txt']}
     >>> without_folders("runs/cells/0123456789abcdef/tokenizer")
     '0123456789abcdef/tokenizer'
+    >>> without_folders("9*runs/cells/0123456789abcdef")
+    '9*0123456789abcdef'
     >>> without_folders({"paths": [["train", "a/b.tsv"]], "sha256": ["c3ab"]})
     {'sha256': ['c3ab']}
     """
@@ -246,5 +249,5 @@ def without_folders(values: Any) -> Any:
     if isinstance(values, list | tuple):
         return [without_folders(value) for value in values]
     if isinstance(values, str) and (found := _IN_A_FOLDER.fullmatch(values)):
-        return found[1]
+        return (found[1] or "") + found[2]
     return values

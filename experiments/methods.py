@@ -23,6 +23,7 @@ from experiments.mtp_method import MultiToken
 from experiments.on_policy_method import OnPolicyDistil
 from experiments.parallel_methods import PARALLEL_METHODS
 from experiments.prompt_methods import PROMPT_METHODS
+from experiments.replay_method import Replay
 from experiments.tuning_methods import TUNING_METHODS
 from model.rules import leaf_paths, match
 from train.methods import Plugs, Reading, Setup
@@ -68,6 +69,7 @@ METHODS: dict[str, type[Any]] = {
             DistilCached,
             OnPolicyDistil,
             DpSgd,
+            Replay,
         )
     },
     **COMPRESS_METHODS,

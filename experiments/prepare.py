@@ -38,7 +38,7 @@ def open_data(data: tuple[str, ...], tokenizer_spec: str, out: Path) -> tuple[To
             tokenizer_spec, out, first.documents, lambda: first.fingerprint(_fingerprints())
         )
         corpora = [(build_corpus(source, tokenizer), weight) for source, weight in mixture]
-        record_facts(_facts(corpora), out)
+        record_facts(facts_of(corpora), out)
         opened.append((tokenizer, corpora))
 
     by_main(prepare)
@@ -138,7 +138,8 @@ def keep_tokenizer(
     return tokenizer
 
 
-def _facts(corpora: Corpora) -> list[dict[str, Any]]:
+def facts_of(corpora: Corpora) -> list[dict[str, Any]]:
+    """Returns what sources are, by content, for `record_facts`."""
     return [
         {
             "name": corpus.name,

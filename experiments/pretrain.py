@@ -12,6 +12,7 @@ import dataclasses
 import json
 import signal
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from experiments.methods import METHODS
 from experiments.phases import grown_config, parse_phases
 from experiments.prepare import open_data, steps_per_epoch
 from experiments.run import open_run, parse_parent
+from experiments.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
 from model.config import TransformerConfig
 from model.grow import How
 from model.presets import PRESETS, modern_mini
@@ -34,6 +36,7 @@ from train.optimizers import OPTIMIZERS
 from train.optimizers.settings import OptimizerSettings
 from train.schedules import SCHEDULES
 from train.settings import Phase, Settings, differences
+from train.sources import open_source, parse_mixture
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Pretrain:
         sentencepiece:4096, or the parent's.
       out: folder of the run.
       from_run: "RUN" or "RUN@STEP": start with the model, parameters and tokenizer of that
-        checkpoint; optimizer state, schedule and data order start anew.
+        checkpoint; optimizer state, schedule and data order start anew. Also "hf:FOLDER",
+        "llama2c:FILE.bin" with its --tokenizer, or "vectors:FILE" (word2vec or GloVe, as the
+        embedding of --model); see `experiments.starts`.
       grow: fields of the parent's model that grow, as in layers=8,width=256; see `model.grow`.
       steps: updates.
       phases: what comes before the settings given here hold, "STEPS:FIELD=VALUE,..." each: that
@@ -141,21 +146,26 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
     optimizer = command.optimizer
     if command.learning_rate is not None:
         optimizer = dataclasses.replace(optimizer, learning_rate=command.learning_rate)
-    model, tokenizer = command.model, command.tokenizer or "sentencepiece:4096"
-    if command.from_run is not None:
-        run = open_run(*parse_parent(command.from_run))
+    model, tokenizer = command.model, command.tokenizer or PIECES
+    if model.positions == "rotary":  # has no table to outgrow
+        longest = max(model.max_length, command.sequence_length)
+        model = dataclasses.replace(model, max_length=longest)
+    parent = command.from_run
+    if parent is not None:
+        if (kind := foreign_kind(parent)) is not None:
+            drawn = Fresh(model, command.sequence_length, command.seed, _first_texts(command.data))
+            parent = start_run(parent, command.out / "start", command.tokenizer, drawn)
+            assert parent is not None
+        run = open_run(*parse_parent(parent))
         model, tokenizer = run.model.config, str(run.folder / "tokenizer")
-        if command.tokenizer not in (None, tokenizer):
+        if kind is None and command.tokenizer not in (None, tokenizer):
             raise ValueError(f"a run from {command.from_run} keeps its tokenizer; leave it out")
-        if command.model not in (model, modern_mini()):
+        if kind != VECTORS and command.model not in (model, modern_mini()):
             raise ValueError(f"a run from {command.from_run} keeps its model; leave --model out")
         if command.grow is not None:
             model = grown_config(model, command.grow)
     elif command.grow is not None:
         raise ValueError("--grow is for the model of a parent; give --from, or use --model")
-    elif model.positions == "rotary":  # has no table to outgrow
-        longest = max(model.max_length, command.sequence_length)
-        model = dataclasses.replace(model, max_length=longest)
     steps, evaluate_every = command.steps, command.evaluate_every
     if command.epochs is not None:
         if command.epochs < 1:
@@ -184,7 +194,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
         vocabulary_multiple=command.vocabulary_multiple,
         mup=_mup(command),
         methods=methods,
-        parent=command.from_run,
+        parent=parent,
     )
     loop = LoopSettings(
         command.log_every,
@@ -247,6 +257,11 @@ def _say(out: Path, outcome: Outcome, seconds: float) -> None:
         assert outcome.signal is not None
         name = signal.Signals(outcome.signal).name
         print(f"{name}: saved step {step}; the same command goes on from there")
+
+
+def _first_texts(data: tuple[str, ...]) -> Callable[[], Iterable[str]]:
+    """What new pieces are learned from, as in a run without a parent: the first source."""
+    return lambda: open_source(parse_mixture(data)[0][0]).documents()
 
 
 def _mup(command: Pretrain) -> MuP | None:

@@ -8,12 +8,20 @@ A block between `<!-- NAME -->` and `<!-- /NAME -->` is made by the function of 
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.ablate.gathered import Results
+from experiments.ablate.report import read
 from experiments.bench.clock import spread
 from experiments.bench.gpu_forms import DATASHEET
+from experiments.parameter_server import seconds_to
+from experiments.scale.compression import sizes
+from experiments.scale.equality import equal
+from experiments.shakespeare_report import headline
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -48,11 +56,12 @@ def shakespeare() -> str:
     facts = json.loads((RESULTS / "shakespeare.json").read_text())
     crossed = [step for step in facts["steps_to_published"] if step]
     losses = ", ".join(f"{loss:.3f}" for loss in facts["losses"])
+    beside = f"; {headline(facts)}" if "rows" in facts else ""
     return (
         f"Tiny Shakespeare in bytes (4 layers, width 128, context 64, batch 12, {facts['steps']} "
         f"steps): validation loss {losses} over {facts['seeds']} seeds; nanoGPT gives "
-        f"{facts['published']} for this size, passed after {min(crossed)} to {max(crossed)} steps "
-        "(`python -m experiments.shakespeare --data FILE`)."
+        f"{facts['published']} for this size, passed after {min(crossed)} to {max(crossed)} steps"
+        f"{beside} (`python -m experiments.shakespeare --data FILE`)."
     )
 
 
@@ -70,9 +79,47 @@ def gpu() -> str:
     )
 
 
+def scale() -> str:
+    """What meshes, compressed gradients, DiLoCo and the server gave on virtual devices."""
+    gathered = read(RESULTS / "scale-cpu.json")
+    meshes = [v for seeds in gathered.results("equality").by_name.values() for v in seeds.values()]
+    compressed = gathered.results("compression")
+    sent = max(v["program"] / v["plain"] for v in sizes(compressed) if v["form"] == "int8")
+    seeds = len(compressed.shared("none", "int8"))
+    rounds = gathered.results("diloco")
+    servers = gathered.results("server")
+    runs = {form: servers.by_name[form] for form in ("synchronous", "asynchronous")}
+    ratios = []
+    for seed, synchronous in runs["synchronous"].items():
+        ends = seconds_to(synchronous["curve"], synchronous["loss"])
+        found = seconds_to(runs["asynchronous"][seed]["curve"], synchronous["loss"])
+        ratios.append(ends / found if ends and found else math.nan)
+    return (
+        f"On 8 virtual CPU devices {sum(map(equal, meshes))} of {len(meshes)} meshes train as one "
+        f"device does. int8 gradients send {sent:.1%} of the bytes and end at a loss "
+        f"{off(compressed, 'none', 'int8'):+.2%} away over {seeds} seeds; DiLoCo with meetings "
+        "every 50 steps sends a 50th and ends "
+        f"{off(rounds, 'synchronous', 'H = 50'):+.1%} away; a parameter server with one of three "
+        f"workers 5 times slower reaches the synchronous loss in "
+        f"{min(ratios):.1f} to {max(ratios):.1f} times less time "
+        "(`python -m experiments.scale`, experiments/results/scale-cpu.md)."
+    )
+
+
+def off(results: Results, plain: str, other: str) -> float:
+    """The mean relative distance of a row's losses from another's, in pairs of a seed."""
+    ours, theirs = results.pair(other, plain, "loss")
+    return statistics.fmean(a / b - 1 for a, b in zip(ours, theirs, strict=True))
+
+
 # Blocks that stand on lines of their own, and those within a sentence.
 BLOCKS: dict[str, Callable[[], str]] = {"demo-output": demo_output, "demo-machine": demo_machine}
-PHRASES: dict[str, Callable[[], str]] = {"loop": loop, "shakespeare": shakespeare, "gpu": gpu}
+PHRASES: dict[str, Callable[[], str]] = {
+    "loop": loop,
+    "shakespeare": shakespeare,
+    "scale": scale,
+    "gpu": gpu,
+}
 
 
 def filled(text: str) -> str:

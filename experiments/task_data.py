@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.prepare import begin_data, keep_tokenizer, record_facts
+from experiments.prepare import begin_data, describe, facts_of, keep_tokenizer, record_facts
+from experiments.replay_method import old_text
 from parallel.agreement import by_main, together
+from train.corpus import Corpus
 from train.settings import Settings
 from train.tasks import Examples
 from train.tasks_rows import said_of
@@ -20,10 +22,12 @@ class TaskData(NamedTuple):
     Attributes:
       paths: of the files, by split.
       splits: examples, by split.
+      old: text that is replayed beside the rows, or None.
     """
 
     paths: Mapping[str, str]
     splits: Mapping[str, Examples]
+    old: Corpus | None = None
 
 
 def open_task(settings: Settings, out: Path) -> tuple[Tokenizer, TaskData]:
@@ -43,8 +47,10 @@ def open_task(settings: Settings, out: Path) -> tuple[Tokenizer, TaskData]:
         begin_data(out)
         tokenizer = keep_tokenizer(settings.tokenizer, out, task.texts)
         data = read_task(task, tokenizer, settings.phases[0].sequence_length)
-        record_facts(_facts(task, data, tokenizer), out)
-        opened.append((tokenizer, data))
+        old = old_text(settings, tokenizer)
+        replayed = [] if old is None else facts_of([(old, 1.0)])
+        record_facts([*_facts(task, data, tokenizer), *replayed], out)
+        opened.append((tokenizer, data._replace(old=old)))
 
     by_main(prepare)
     together(lambda: None if opened else prepare())
@@ -74,6 +80,8 @@ def describe_task(data: TaskData) -> list[str]:
         lines.append(about)
         if examples.bad:
             lines.append(f"{split} {data.paths[split]}: {said_of(examples.bad)}")
+    if data.old is not None:
+        lines += [f"replay {line}" for line in describe([(data.old, 1.0)])]
     return lines
 
 

@@ -4,8 +4,9 @@
         --model modern_mini --out runs/vectors
     python -m experiments.pretrain --from runs/vectors --data text.txt --out runs/second
 
-All other parameters are drawn as `experiments.pretrain` would. How many pieces of the tokenizer the
-vectors cover is printed and kept in `result.json`.
+`--from vectors:glove.txt` of `experiments.pretrain` and `--start vectors:glove.txt` of
+`experiments.finetune` do both in one. All other parameters are drawn as `experiments.pretrain`
+would. How many pieces of the tokenizer the vectors cover is printed and kept in `result.json`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from experiments.folders import check_free
 from model.config import TransformerConfig
 from model.presets import PRESETS, modern_mini
 from train.settings import Phase, Settings
-from train.tokenizers import load_tokenizer
-from train.word_vectors import start_with_vectors
+from train.tokenizers import Tokenizer, load_tokenizer
+from train.word_vectors import Coverage, start_with_vectors
 
 # Folded into the seed for the projection, so that its draw is not that of the parameters.
 _PROJECTION = 0x3EC
@@ -59,19 +60,45 @@ def run_command(command: WordVectors) -> list[str]:
       ValueError: `out` exists, no such tokenizer, and as `train.word_vectors.start_with_vectors`.
     """
     check_free(command.out)
-    tokenizer = load_tokenizer(command.tokenizer)
-    config = dataclasses.replace(command.model, vocabulary_size=tokenizer.vocabulary_size)
-    length = command.sequence_length
-    phase = Phase(1, config, batch_size=1, sequence_length=length)
-    settings = Settings(phases=(phase,), data=(), tokenizer=command.tokenizer, seed=command.seed)
+    coverage = write_vectors(
+        command.vectors,
+        command.out,
+        load_tokenizer(command.tokenizer),
+        settings_of(command.model, command.sequence_length, command.tokenizer, command.seed),
+    )
+    return [str(coverage), f"run: {command.out}"]
+
+
+def settings_of(
+    model: TransformerConfig, sequence_length: int, tokenizer: str, seed: int
+) -> Settings:
+    """Returns those of a run that word vectors begin; its vocabulary follows the tokenizer."""
+    phase = Phase(1, model, batch_size=1, sequence_length=sequence_length)
+    return Settings(phases=(phase,), data=(), tokenizer=tokenizer, seed=seed)
+
+
+def write_vectors(vectors: Path, out: Path, tokenizer: Tokenizer, settings: Settings) -> Coverage:
+    """Writes a run of one checkpoint, of step 0, whose embedding begins as word vectors.
+
+    Args:
+      vectors: file, see `train.word_vectors`.
+      out: run to make.
+      tokenizer: its own.
+      settings: see `settings_of`; the seed draws the other parameters.
+
+    Raises:
+      ValueError: `out` exists, and as `train.word_vectors.start_with_vectors`.
+    """
+    given = settings.phases[0].model
+    config = dataclasses.replace(given, vocabulary_size=tokenizer.vocabulary_size)
     drawn = jax.jit(lambda: initial_params(settings, config))()
-    key = jax.random.fold_in(jax.random.key(command.seed), _PROJECTION)
-    params, coverage = start_with_vectors(drawn, tokenizer, command.vectors, key)
-    facts = {"reason": "word vectors", "from": str(command.vectors), **coverage._asdict()}
+    key = jax.random.fold_in(jax.random.key(settings.seed), _PROJECTION)
+    params, coverage = start_with_vectors(drawn, tokenizer, vectors, key)
+    facts = {"reason": "word vectors", "from": str(vectors), **coverage._asdict()}
     with tempfile.TemporaryDirectory() as name:
         tokenizer.save(Path(name) / "tokenizer")
-        write_run(command.out, config, params, Path(name) / "tokenizer", settings, facts)
-    return [str(coverage), f"run: {command.out}"]
+        write_run(out, config, params, Path(name) / "tokenizer", settings, facts)
+    return coverage
 
 
 def main() -> None:

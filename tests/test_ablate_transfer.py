@@ -112,7 +112,9 @@ def test_every_row_runs_at_tiny_size(request_, monkeypatch):
         "SHARES": {0.1: 2, 1.0: 4},
         "REPEATS": 2,
         "PIECES": "bytes",
-        "model_of": lambda dropout: modern_mini(layers=1, width=16, heads=2, dropout=dropout),
+        "model_of": lambda dropout, length: modern_mini(
+            layers=1, width=16, heads=2, dropout=dropout
+        ),
     }.items():
         monkeypatch.setattr(sst2, name, value)
     gathered = Gathered({})

@@ -1,5 +1,6 @@
 """Runs as a model of the harness: its figures against our own evaluation, and a local task."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from train.settings import Phase, Settings
 from train.step import make_evaluation_step
 from train.tokenizers import load_tokenizer
 
+TASK = Path(__file__).parents[1] / "experiments" / "harness_tasks" / "python_syntax.yaml"
 TEXT = "the quick brown fox jumps over the lazy dog. "
 
 
@@ -147,6 +149,52 @@ def test_what_cannot_be_asked(run):
         run_command(Harness(run.folder, ()))
     with pytest.raises(ValueError, match=r"none\.yaml is not there"):
         run_command(Harness(run.folder, ("none.yaml",)))
+
+
+def test_the_local_task_is_what_it_says():
+    """With the right choice the lines are Python, with no other; places are even."""
+    lines = (TASK.with_suffix(".jsonl")).read_text().splitlines()
+    documents = [json.loads(line) for line in lines]
+
+    def parses(text):
+        try:
+            ast.parse(text)
+        except SyntaxError:
+            return False
+        return True
+
+    for one in documents:
+        texts = [one["text"] + choice + one["rest"] for choice in one["choices"]]
+        assert [parses(text) for text in texts] == [n == one["label"] for n in range(4)], texts
+    labels = [one["label"] for one in documents]
+    assert {labels.count(n) for n in range(4)} == {len(documents) // 4}
+    assert len(set(lines)) == len(lines)
+
+
+@pytest.mark.slow
+def test_the_local_task_runs(tmp_path, monkeypatch):
+    """Accuracy by the harness is that of our own scores of the four choices."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "text.txt").write_text(TEXT * 60)
+    settings = Settings(
+        phases=(Phase(2, gpt2_tiny(max_length=64), batch_size=4, sequence_length=16),),
+        data=(str(tmp_path / "text.txt"),),
+        tokenizer="bytes",
+        schedule=Constant(),
+    )
+    execute(settings, tmp_path / "run", Execution(progress=False))
+    monkeypatch.chdir(TASK.parents[2])
+    found = run_command(Harness(tmp_path / "run", (str(TASK),)))
+    own = open_run(tmp_path / "run")
+    right = []
+    for line in TASK.with_suffix(".jsonl").read_text().splitlines():
+        one = json.loads(line)
+        context = own.tokenizer.encode(one["text"]).tolist()
+        pairs = [(context, own.tokenizer.encode(choice).tolist()) for choice in one["choices"]]
+        scores = [score.log_probability for score in continuation_scores(own, pairs)]
+        right.append(int(np.argmax(scores)) == one["label"])
+    assert found["python_syntax"]["acc,none"] == pytest.approx(np.mean(right))
 
 
 @pytest.mark.slow

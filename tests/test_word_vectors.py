@@ -2,15 +2,25 @@
 
 import gzip
 import struct
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.run import open_run
+from experiments.assemble import initial_params
+from experiments.execute import execute
+from experiments.finetune import Finetune, settings_of
+from experiments.pretrain import Pretrain
+from experiments.pretrain import settings_of as pretrain_settings
+from experiments.run import open_run, read_json
 from experiments.word_vectors import WordVectors, run_command
-from model.presets import modern_tiny
+from model.presets import encoder_decoder_tiny, modern_tiny
+from tests.test_run import own_cache  # noqa: F401 (fixture)
+from train.optimizers import AdamW
+from train.schedules import Constant
+from train.tasks_classification import Classification
 from train.tokenizers import load_tokenizer
 from train.word_vectors import read_vectors, start_with_vectors, to_width
 
@@ -93,7 +103,11 @@ def test_widths_keep_distances_as_far_as_they_can():
         (b"a 1 2 3\nb 1 2\n", "line 2 has 2 numbers, and the vectors are of 3"),
         (b"2 3\na 1 2 3\n", "holds 2 words and holds 1"),
         (b"2 3\na 1 2 3\na 1 x 3\nb 1 2 3\n", "holds 2 words and holds 3"),
-        (b"a 1 2 x\n", "line 1: could not convert"),
+        (b"a 1 2 3\nb 1 2 x\n", "line 2: could not convert"),
+        (b"", "it is empty"),
+        (b"so it goes, he said\n", "line 1 is neither.*begins with b'so it goes, he said"),
+        (b"PK\x03\x04 glove.6B.50d.txt\n", "a zip archive: unpack it"),
+        (b"\x1f\x8b\x08\x00\n", "gzip: call it .gz"),
         (b"a 1 2 3\nb 1 2 nan\n", "line 2 has a number that is not finite"),
         (b"hello\n", "line 1 is neither"),
         (b"2 2\na " + struct.pack("<2f", 1, 2) + b"b \x00\x00", "word 2 has 2 of 8 bytes"),
@@ -110,6 +124,12 @@ def test_damage_is_told_with_its_place(tmp_path, content, words):
         start_with_vectors(params, BYTES, path, jax.random.key(0))
     with pytest.raises(ValueError, match="there is no file"):
         start_with_vectors(params, BYTES, tmp_path / "none", jax.random.key(0))
+    with pytest.raises(ValueError, match="is a folder"):
+        start_with_vectors(params, BYTES, tmp_path, jax.random.key(0))
+    path = path.rename(tmp_path / "vectors.gz")
+    if content and not content.startswith(b"\x1f\x8b"):
+        with pytest.raises(ValueError, match="no whole gzip file"):
+            start_with_vectors(params, BYTES, path, jax.random.key(0))
 
 
 def test_a_run_starts_from_vectors(tmp_path, vectors):
@@ -128,3 +148,87 @@ def test_a_run_starts_from_vectors(tmp_path, vectors):
     )
     with pytest.raises(ValueError, match="nothing is overwritten"):
         run_command(WordVectors(path, "bytes", tmp_path / "run", config, 16))
+
+
+@pytest.mark.variants(1)
+@pytest.mark.parametrize("kind", ["text", "glove", "bin"])
+def test_vectors_are_a_start_of_a_task(tmp_path, vectors, kind, capsys):
+    """The same run as the command of vectors makes: covered pieces theirs, others as drawn."""
+    path = write(tmp_path, vectors, kind)
+    rows = "".join(f"{text}\t{label}\n" for text in ("ab", "ba") for label in "xy")
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + rows)
+    made = Finetune(
+        task=Classification(),
+        model=modern_tiny(),
+        optimizer=AdamW(),
+        schedule=Constant(),
+        start=f"vectors:{path}",
+        data=tuple(f"{split}={tmp_path / split}.tsv" for split in ("train", "valid")),
+        tokenizer="bytes",
+        out=tmp_path / "out",
+        steps=1,
+        evaluate_every=1,
+        sequence_length=8,
+        seed=3,
+    )
+    settings, _ = settings_of(made)
+    assert "word vectors: 4 of 257 pieces" in capsys.readouterr().out
+    assert settings.parent == str(tmp_path / "out" / "start")
+    run = open_run(settings.parent)
+    assert settings.phases[0].model == run.model.config
+    drawn = jax.jit(lambda: initial_params(settings, run.model.config))()
+    start, before = (np.asarray(p["token_embedding"]["embedding"]) for p in (run.params, drawn))
+    changed = np.flatnonzero((start != before).any(axis=1)).tolist()
+    assert changed == sorted(BYTES.encode("aAbB").tolist())
+    np.testing.assert_array_equal(start[BYTES.encode("A")], start[BYTES.encode("a")])
+    for name in set(drawn) - {"token_embedding"}:
+        jax.tree.map(np.testing.assert_array_equal, run.params[name], drawn[name])
+    settings_of(made)  # again: what is there serves
+    assert capsys.readouterr().out == ""
+    for change, why in (
+        ({"seed": 4}, "another model or seed"),
+        ({"model": modern_tiny(layers=1)}, "another model or seed"),
+        ({"start": f"vectors:{tmp_path / 'b'}"}, "made of .*vectors"),
+        ({"forgetting": "stdlib"}, "nothing to forget"),
+        ({"start": str(path)}, "is a file; say what it is: vectors:"),
+        ({"start": f"vectors:{tmp_path / 'none'}", "out": tmp_path / "b"}, "there is no file"),
+    ):
+        other = replace(made, **change)
+        if other.start == str(path):
+            other = replace(other, tokenizer=None)
+        with pytest.raises(ValueError, match=why):
+            settings_of(other)
+
+
+def test_pieces_of_a_start_from_vectors_are_learned_from_the_text(tmp_path, vectors, own_cache):  # noqa: F811
+    path = write(tmp_path, vectors, "glove")
+    (tmp_path / "text.txt").write_text("a b long words " * 300)
+    made = Pretrain(
+        model=modern_tiny(),
+        optimizer=AdamW(),
+        schedule=Constant(),
+        data=(str(tmp_path / "text.txt"),),
+        tokenizer="sentencepiece:285",
+        from_run=f"vectors:{path}",
+        out=tmp_path / "out",
+        steps=1,
+        batch_size=2,
+        sequence_length=8,
+    )
+    settings, execution = pretrain_settings(made)
+    run = open_run(tmp_path / "out" / "start")
+    assert run.tokenizer.vocabulary_size == 285
+    assert read_json(run.folder / "result.json")["covered"] >= 3  # "long" is a piece now
+    outcome = execute(settings, made.out, replace(execution, progress=False))
+    assert int(outcome.state.step) == 1
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_starts_from_vectors(tmp_path, vectors):
+    path = write(tmp_path, vectors, "glove")
+    config = encoder_decoder_tiny()
+    run_command(WordVectors(path, "bytes", tmp_path / "run", config, 16))
+    table = np.asarray(open_run(tmp_path / "run").params["token_embedding"]["embedding"])
+    a, upper = (table[BYTES.encode(letter)[0]] for letter in "aA")
+    np.testing.assert_array_equal(a, upper)

@@ -39,26 +39,25 @@ def parse_tfds(text: str) -> TfdsSpec:
     return TfdsSpec(name, data_dir or None, split or "train", field or "text")
 
 
-def open_examples(spec: TfdsSpec) -> tuple[Any, list[Path]]:
-    """The split's examples as a random-access sequence, and the files that hold them.
+def open_dataset(name: str, data_dir: str | None) -> Any:
+    """The builder of a prepared dataset, read from its files.
 
     Raises:
-        ValueError: the dataset is not prepared there, not as array_record, or has no such split or
-            field; the message says what there is and how to prepare it.
+        ValueError: the dataset is not prepared there, or not as array_record; the message says what
+            there is and how to prepare it.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
-    data_dir = Path(spec.data_dir).expanduser() if spec.data_dir else None
+    folder = Path(data_dir).expanduser() if data_dir else None
     prepare = (
-        f"tfds.builder({spec.name!r}, data_dir=..., file_format='array_record')"
-        ".download_and_prepare()"
+        f"tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
     )
     try:  # from the files, never from code: what is read is what was prepared
-        builder = read_only_builder.builder_from_files(spec.name, data_dir=data_dir)
+        builder = read_only_builder.builder_from_files(name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
         raise ValueError(
-            f"no prepared dataset {spec.name!r} in {data_dir or 'the default folder of TFDS'}."
+            f"no prepared dataset {name!r} in {folder or 'the default folder of TFDS'}."
             f" Prepare it with {prepare}, or name its folder: tfds:NAME@DATA_DIR (and its config,"
             " where it has some: tfds:NAME/CONFIG)"
         ) from None
@@ -71,18 +70,38 @@ def open_examples(spec: TfdsSpec) -> tuple[Any, list[Path]]:
             f" --dataset_version_dir={builder.data_path} --out_file_format=array_record"
             " --out_dir=... (both may need TensorFlow, once)"
         )
-    if spec.split not in builder.info.splits:
+    return builder
+
+
+def split_files(builder: Any, name: str, split: str, hint: str) -> list[Path]:
+    """The files that hold a split.
+
+    Raises:
+        ValueError: there is no such split; those that there are are listed, and `hint` follows.
+    """
+    if split not in builder.info.splits:
         raise ValueError(
-            f"{spec.name} has no split {spec.split!r}; its splits are"
-            f" {', '.join(builder.info.splits)}. Choose one with #SPLIT/FIELD"
+            f"{name} has no split {split!r}; its splits are"
+            f" {', '.join(builder.info.splits)}. {hint}"
         )
+    return [Path(file) for file in builder.info.splits[split].filepaths]
+
+
+def open_examples(spec: TfdsSpec) -> tuple[Any, list[Path]]:
+    """The split's examples as a random-access sequence, and the files that hold them.
+
+    Raises:
+        ValueError: the dataset is not prepared there, not as array_record, or has no such split or
+            field; the message says what there is and how to prepare it.
+    """
+    builder = open_dataset(spec.name, spec.data_dir)
+    files = split_files(builder, spec.name, spec.split, "Choose one with #SPLIT/FIELD")
     if spec.field not in (builder.info.features or {}):
         raise ValueError(
             f"{spec.name} has no field {spec.field!r}; its fields are"
             f" {', '.join(builder.info.features or {})}. Choose one with #FIELD"
         )
-    examples = builder.as_data_source(split=spec.split, file_format="array_record")
-    return examples, [Path(name) for name in builder.info.splits[spec.split].filepaths]
+    return builder.as_data_source(split=spec.split, file_format="array_record"), files
 
 
 def read_examples(examples: Any, spec: TfdsSpec, size: int) -> Iterator[Piece]:

@@ -18,6 +18,7 @@ Shapes: N examples, B rows of a batch, T time.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TRAIN, VALID, TEST = "train", "valid", "test"
 SPLITS = (TRAIN, VALID, TEST)
+DIVIDED = ((TRAIN, 0.8), (VALID, 0.1), (TEST, 0.1))
+"""Shares of the rows of one file alone."""
 Outputs = Callable[[PyTree, plugs.Batch], dict[str, Any]]
 
 
@@ -48,11 +51,14 @@ class TaskFiles:
     """The files of a task and how they are read.
 
     Attributes:
-      paths: (split, path): "train" and "valid" at least, "test" for the end.
+      paths: (split, path): "train" and "valid" at least, "test" for the end. One file alone, that
+        of "train", serves all three.
       form: of their rows.
       sha256: of each file; filled in at the start of the run.
       share: of the training rows, drawn at random, that are trained on: what a task needs fewer of.
       share_seed: of that draw.
+      shares: (split, share) of the rows where one file serves all splits, see `rows_of_split`;
+        filled in there.
     """
 
     paths: tuple[tuple[str, str], ...] = ()
@@ -60,6 +66,7 @@ class TaskFiles:
     sha256: tuple[str, ...] = ()
     share: float = 1.0
     share_seed: int = 0
+    shares: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -110,7 +117,7 @@ class Examples(NamedTuple):
 def resolved(
     files: TaskFiles, hash_of: Callable[[str], str] = lambda path: content_hash(Path(path))
 ) -> TaskFiles:
-    """Returns the files with their hashes.
+    """Returns the files with their hashes, one alone as that of every split.
 
     Args:
       files: of a task.
@@ -123,6 +130,9 @@ def resolved(
     for split, _ in files.paths:
         if split not in SPLITS:
             raise ValueError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
+    if [split for split, _ in files.paths] == [TRAIN]:
+        paths = tuple((split, files.paths[0][1]) for split, _ in DIVIDED)
+        files = replace(files, paths=paths, shares=DIVIDED)
     for split in (TRAIN, VALID):
         files.path(split)
     found = tuple(hash_of(path) for _, path in files.paths)
@@ -150,6 +160,48 @@ def rows_used(rows: list[T], files: TaskFiles, split: str) -> list[T]:
         return rows
     order = np.random.default_rng(files.share_seed).permutation(len(rows))
     return [rows[n] for n in np.sort(order[: max(1, round(files.share * len(rows)))])]
+
+
+def rows_of_split(
+    found: tuple[list[Row], list[BadRow]], files: TaskFiles, split: str, inputs: Sequence[str]
+) -> tuple[list[Row], list[BadRow]]:
+    """Returns what of a file belongs to a split: all, unless one file serves all splits.
+
+    Then the hash of what the model sees of a row says where it belongs, whatever the order and
+    number of the others: rows that say the same lie in one split. What was left out is counted
+    with the training rows.
+
+    Args:
+      found: rows of the file, and what was left out.
+      files: of the task.
+      split: whose rows.
+      inputs: columns that the model sees.
+
+    Raises:
+      ValueError: no row belongs to the split.
+
+    >>> files = TaskFiles(shares=DIVIDED)
+    >>> rows = [Row(n, {"text": str(n)}) for n in range(1, 101)]
+    >>> [len(rows_of_split((rows, []), files, split, ["text"])[0]) for split in SPLITS]
+    [83, 9, 8]
+    """
+    if not files.shares:
+        return found
+    rows, bad = found
+    names = [name for name, _ in files.shares]
+    ends = np.cumsum([share for _, share in files.shares])
+
+    def belongs(row: Row) -> bool:
+        text = "\0".join(row.columns[name] for name in inputs)
+        drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+        return names[int(np.searchsorted(ends[:-1], drawn, side="right"))] == split
+
+    if not (kept := [row for row in rows if belongs(row)]):
+        raise ValueError(
+            f"of the {len(rows):,} rows of {files.path(split)} none falls to {split}; give a file "
+            "for each split: train=FILE valid=FILE test=FILE"
+        )
+    return kept, bad if split == TRAIN else []
 
 
 class Task(Protocol):

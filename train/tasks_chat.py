@@ -24,7 +24,7 @@ from model.transformer import Transformer
 from train.losses import cross_entropy
 from train.packing import alone, fill, pack
 from train.plugs import Batch, LossTerm, PyTree
-from train.tasks import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_used
+from train.tasks import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_of_split, rows_used
 from train.tasks_rows import BadRow, Row, RowFormat, keep_good, read_rows
 from train.tasks_translation import search, target_loss
 from train.tokenizers import Tokenizer
@@ -203,8 +203,10 @@ class Instructions:
                     f"{path} has messages, whose parts have names of their own; leave columns, "
                     "separator and names out"
                 )
-            return keep_good(path, _read_messages(path), form, parse)
-        return keep_good(path, read_rows(path, form, (PROMPT, ANSWER)), form, parse)
+            found = keep_good(path, _read_messages(path), form, parse)
+            return rows_of_split(found, self.files, split, [MESSAGES])
+        found = keep_good(path, read_rows(path, form, (PROMPT, ANSWER)), form, parse)
+        return rows_of_split(found, self.files, split, [PROMPT])
 
 
 def messages_of(row: Row) -> list[Message]:

@@ -27,7 +27,16 @@ from model.transformer import Transformer, features, head
 from train.losses import cross_entropy
 from train.losses_tasks import dropped, row_cross_entropy, row_squared_error
 from train.plugs import Batch, Context, LossTerm, PyTree, View
-from train.tasks import TRAIN, Examples, Outputs, TaskFiles, pad_rows, resolved, rows_used
+from train.tasks import (
+    TRAIN,
+    Examples,
+    Outputs,
+    TaskFiles,
+    pad_rows,
+    resolved,
+    rows_of_split,
+    rows_used,
+)
 from train.tasks_rows import BadRow, Row, keep_good, read_rows
 from train.tasks_text import columns_of, cut_ids, encode_rows
 from train.tokenizers import Tokenizer
@@ -81,8 +90,9 @@ class Classification:
         """
         files = resolved(self.files)
         labels = self.labels
-        if not labels:
-            rows, _ = self._rows(TRAIN)
+        if not labels:  # of one file that serves all splits, those of all its rows
+            whole = dataclasses.replace(files, shares=())
+            rows, _ = dataclasses.replace(self, files=whole).rows(TRAIN)
             labels = tuple(sorted({row.columns[LABEL] for row in rows}, key=_in_order))
         if len(labels) < 2:
             raise ValueError(
@@ -109,7 +119,7 @@ class Classification:
 
     def texts(self) -> Iterator[str]:
         """Yields the training texts, labels left out."""
-        rows, _ = self._rows(TRAIN)
+        rows, _ = self.rows(TRAIN)
         return _texts(rows, template_for(self))
 
     def examples(self, split: str, tokenizer: Tokenizer, length: int) -> Examples:
@@ -118,7 +128,7 @@ class Classification:
         For words also `candidates` int32 [N, C]: the piece of each label that tells it from the
         others, which the position `lengths - 1` predicts.
         """
-        rows, bad = self._rows(split)
+        rows, bad = self.rows(split)
         rows = rows_used(rows, self.files, split)
         ids = encode_rows(rows, template_for(self), tokenizer)
         labels = np.array([self.labels.index(row.columns[LABEL]) for row in rows], np.int32)
@@ -152,7 +162,13 @@ class Classification:
 
         return apply
 
-    def _rows(self, split: str) -> tuple[list[Row], list[BadRow]]:
+    def rows(self, split: str) -> tuple[list[Row], list[BadRow]]:
+        """Returns the rows of a split, and what was left out.
+
+        Raises:
+          ValueError: bad rows, unless they are to be skipped.
+        """
+
         def parse(row: Row) -> Row:
             label = row.columns[LABEL].strip()
             if not label:
@@ -219,7 +235,7 @@ class Regression:
         files = resolved(self.files)
         if self.mean is not None and self.scale is not None:
             return dataclasses.replace(self, files=files)
-        rows, _ = self._rows(TRAIN)
+        rows, _ = dataclasses.replace(self, files=files).rows(TRAIN)
         values = np.array([float(row.columns[LABEL]) for row in rows])
         if not values.std() > 0:
             raise ValueError(f"{self.files.path(TRAIN)} has one number alone: {values[0]}")
@@ -239,12 +255,12 @@ class Regression:
 
     def texts(self) -> Iterator[str]:
         """Yields the training texts."""
-        rows, _ = self._rows(TRAIN)
+        rows, _ = self.rows(TRAIN)
         return _texts(rows, template_for(self))
 
     def examples(self, split: str, tokenizer: Tokenizer, length: int) -> Examples:
         """Returns a split in arrays, with `values` float32 [N], in standard deviations."""
-        rows, bad = self._rows(split)
+        rows, bad = self.rows(split)
         rows = rows_used(rows, self.files, split)
         ids = encode_rows(rows, template_for(self), tokenizer)
         arrays, cut = _padded(ids, template_for(self), length)
@@ -256,7 +272,13 @@ class Regression:
         """Returns `logits` [B, 1], in standard deviations."""
         return _row_outputs(self, model)
 
-    def _rows(self, split: str) -> tuple[list[Row], list[BadRow]]:
+    def rows(self, split: str) -> tuple[list[Row], list[BadRow]]:
+        """Returns the rows of a split, and what was left out.
+
+        Raises:
+          ValueError: bad rows, unless they are to be skipped.
+        """
+
         def parse(row: Row) -> Row:
             try:
                 number = float(row.columns[LABEL])
@@ -302,7 +324,8 @@ def _read(task: Rowwise, split: str, parse: Callable[[Row], Row]) -> tuple[list[
             raise ValueError(f"{', '.join(empty)} is empty")
         return parse(row)
 
-    return keep_good(path, read_rows(path, form, (*texts, LABEL)), form, checked)
+    found = keep_good(path, read_rows(path, form, (*texts, LABEL)), form, checked)
+    return rows_of_split(found, task.files, split, texts)
 
 
 def _texts(rows: list[Row], template: str) -> Iterator[str]:

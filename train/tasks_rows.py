@@ -1,4 +1,4 @@
-"""Rows of a task's file: `.tsv`, `.csv`, `.jsonl`, or lines of any text; columns by name.
+"""Rows of a task's file: `.tsv`, `.csv`, `.jsonl`, lines of any text, or TFDS; columns by name.
 
 A row that does not parse is an error with its line number, or is left out and counted, as asked.
 """
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
+
+from train import tasks_tfds
 
 T = TypeVar("T")
 SHOWN = 3  # bad rows that a report names one by one
@@ -71,7 +73,7 @@ def read_rows(path: Path, form: RowFormat, wanted: Sequence[str]) -> Iterator[Ro
     """Yields the rows of a file, with what the task calls its columns.
 
     Args:
-      path: of the file, UTF-8.
+      path: of the file, UTF-8; or a split of a TFDS dataset, see `train.tasks_tfds`.
       form: how it is read.
       wanted: columns, as the task calls them.
 
@@ -92,9 +94,14 @@ def read_rows(path: Path, form: RowFormat, wanted: Sequence[str]) -> Iterator[Ro
         raise ValueError(
             f"columns names {', '.join(unknown)}, and the task reads {', '.join(wanted)}"
         )
+    if str(path).startswith(tasks_tfds.PREFIX):
+        if form.separator is not None or form.names:
+            raise ValueError(f"{path} names its columns; leave separator and names out")
+        names = [form.column(name) for name in wanted]
+        return _named(path, tasks_tfds.read_examples(str(path), names), form, wanted)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
-        raise ValueError(f"{path} {what}; give a .tsv, .csv, .jsonl or text file")
+        raise ValueError(f"{path} {what}; give a .tsv, .csv, .jsonl or text file, or tfds:NAME")
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         if form.separator is not None or form.names:
@@ -157,11 +164,13 @@ def said_of(bad: Sequence[BadRow]) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """Returns the sha256 of a file, hex.
+    """Returns the sha256 of a file, or of a split of a TFDS dataset, hex.
 
     Raises:
       ValueError: it is not there.
     """
+    if str(path).startswith(tasks_tfds.PREFIX):
+        return tasks_tfds.tfds_hash(str(path))
     if not path.is_file():
         raise ValueError(f"{path} is not there; give a .tsv, .csv, .jsonl or text file")
     with path.open("rb") as file:

@@ -26,9 +26,9 @@ from model.config import EncoderDecoderConfig, TransformerConfig
 from model.transformer import Transformer, features, head
 from train.losses import MODEL_INPUTS, cross_entropy
 from train.packing import alone, fill, pack
-from train.parallel_text import SIDES, both_files, read_parallel
+from train.parallel_text import SIDES, SOURCE, both_files, read_parallel
 from train.plugs import Batch, LossTerm, PyTree
-from train.tasks import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_used
+from train.tasks import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_of_split, rows_used
 from train.tasks_rows import BadRow, Row, content_hash, keep_good, read_rows
 from train.tokenizers import Tokenizer
 
@@ -95,14 +95,16 @@ class Translation:
         text, form = self.files.path(split), self.files.form
         both = both_files(text)
         if both is not None:
-            return keep_good(Path(text), read_parallel(*both), form, lambda row: row)
+            found = keep_good(Path(text), read_parallel(*both), form, lambda row: row)
+            return rows_of_split(found, self.files, split, [SOURCE])
 
         def parse(row: Row) -> Row:
             if empty := [name for name in SIDES if not row.columns[name].strip()]:
                 raise ValueError(f"the {' and the '.join(empty)} is empty")
             return Row(row.line, {name: row.columns[name].strip() for name in SIDES})
 
-        return keep_good(Path(text), read_rows(Path(text), form, SIDES), form, parse)
+        found = keep_good(Path(text), read_rows(Path(text), form, SIDES), form, parse)
+        return rows_of_split(found, self.files, split, [SOURCE])
 
     def examples(self, split: str, tokenizer: Tokenizer, length: int) -> Examples:
         """Returns a split in arrays.

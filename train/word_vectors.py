@@ -129,17 +129,18 @@ def read_vectors(path: Path, wanted: Collection[str]) -> tuple[int, int, dict[st
       ValueError: see `start_with_vectors`.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {path} with word vectors")
+        what = f"{path} is a folder; name the file in it" if path.is_dir() else f"no file {path}"
+        raise ValueError(f"there is no file of word vectors: {what}")
     with _opened(path) as file:
-        first = file.readline(1 << 20)
+        try:
+            first = file.readline(1 << 20)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path} is no whole gzip file: {error}") from None
         header = _header(first)
         if header is None:
             d = len(first.split()) - 1
-            if d < 2:
-                raise ValueError(
-                    f"{path} line 1 is neither 'words width' (word2vec) nor a word with its vector "
-                    "(GloVe)"
-                )
+            if d < 2 or not _is_text(first, d):
+                raise _none_of_these(path, first)
             rows = _text_rows(path, file, d, first, 1)
             count = None
         else:
@@ -165,6 +166,22 @@ def read_vectors(path: Path, wanted: Collection[str]) -> tuple[int, int, dict[st
 
 def _opened(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _none_of_these(path: Path, first: bytes) -> ValueError:
+    """Says what a file begins with, what it might be, and what is read here."""
+    known = {
+        b"PK": "a zip archive: unpack it, and name one of its files",
+        b"\x1f\x8b": "gzip: call it .gz",
+        b"\xba\x16\x4f\x2f": "a model of fastText: take its .vec file",
+        b"\x80": "a Python pickle, which is not opened: save the vectors in the format of word2vec",
+    }
+    about = [said for magic, said in known.items() if first.startswith(magic)]
+    begins = f"begins with {first[:40]!r}" if first else "is empty"
+    return ValueError(
+        f"{path} line 1 is neither 'words width' (word2vec, text or binary) nor a word with the "
+        f"numbers of its vector (GloVe); it {begins}" + "".join(f", {said}" for said in about)
+    )
 
 
 def _header(line: bytes) -> tuple[int, int] | None:

@@ -3,22 +3,30 @@
     python -m experiments.ablate compress --tables quantize
     python -m experiments.ablate optimizers --rows muon adamw
 
+    python -m experiments.ablate transfer --labelled reviews.csv --columns text=review label=stars
+
 Finished cells are kept in experiments/results/TOPIC-BACKEND.json and do not run again; Markdown and
-pictures beside it are made from it alone.
+pictures beside it are made from it alone. Own files have a report of their own, named after them.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from experiments.ablate import compress, optimizers, rates, transfer
+from experiments.ablate import compress, optimizers, rates, transfer, transfer_own
 from experiments.ablate.gathered import Gathered
 from experiments.ablate.report import read, write_data, write_report
 from experiments.ablate.tables import Request, Table, complete
-from experiments.cli import run_main
+from experiments.ablate.transfer_sst2 import task_of as sst2_task
+from experiments.cli import named_pairs, run_main
 from experiments.compilation import use_compilation_cache
+from train.tasks import TaskFiles
+from train.tasks_rows import RowFormat
+from train.tasks_translation import Translation
 
 TOPICS: dict[str, tuple[Table, ...]] = {
     "compress": compress.TABLES,
@@ -50,6 +58,16 @@ class Ablate:
         otherwise.
       multi30k: folder with train, val and test_2016_flickr, each .en.gz and .de.gz; its table is
         left out otherwise.
+      labelled: own files for a classification of any labels, in place of SST-2: one FILE, divided
+        by a hash of its rows, or train=FILE valid=FILE test=FILE; .tsv, .csv, .jsonl, or any text
+        with --separator.
+      parallel: own files for a translation, in place of Multi30k: the same, or SOURCE,TARGET in
+        place of FILE, two files of aligned lines, plain or .gz.
+      columns: of own files, NAME=COLUMN where a column is called otherwise than text, label,
+        source or target.
+      separator: of their columns; by default a tab in .tsv, a comma in .csv.
+      column_names: of their columns in order, where the first line does not name them.
+      bad_rows: "stop" at a row of them that does not parse, or "skip" it and count.
       out: where runs and measurements lie; runs/ablate by default.
       results: where the topic's JSON, Markdown and pictures lie.
     """
@@ -65,6 +83,12 @@ class Ablate:
     shakespeare: Path | None = None
     squad: Path | None = None
     multi30k: Path | None = None
+    labelled: tuple[str, ...] = ()
+    parallel: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    separator: str | None = None
+    column_names: tuple[str, ...] = ()
+    bad_rows: Literal["stop", "skip"] = "stop"
     out: Path | None = None
     results: Path = Path(__file__).parent.parent / "results"
 
@@ -79,7 +103,12 @@ def run_command(command: Ablate) -> list[Path]:
 
     if command.topic not in TOPICS:
         raise ValueError(f"no topic is called {command.topic!r}; there are {', '.join(TOPICS)}")
-    tables = TOPICS[command.topic]
+    labelled, parallel = own_files(command)
+    tables, name, how = TOPICS[command.topic], command.topic, None
+    if own := labelled or parallel:
+        tables = transfer_own.LABELLED if labelled else transfer_own.PARALLEL
+        name += f"-{transfer_own.name_of(own)}"
+        how = _again(command)
     names = [table.name for table in tables]
     if unknown := [name for name in command.tables if name not in names]:
         raise ValueError(f"no table is called {unknown[0]!r}; there are {', '.join(names)}")
@@ -98,8 +127,10 @@ def run_command(command: Ablate) -> list[Path]:
         command.shakespeare,
         command.squad,
         command.multi30k,
+        labelled,
+        parallel,
     )
-    path = command.results / f"{command.topic}-{jax.default_backend()}.json"
+    path = command.results / f"{name}-{jax.default_backend()}.json"
     gathered = read(path)
     chosen = [table for table in tables if not command.tables or table.name in command.tables]
     if command.fresh:
@@ -114,9 +145,52 @@ def run_command(command: Ablate) -> list[Path]:
         )
     finally:
         write_data(path, gathered)
-        written = [path, *write_report(path, command.topic, tables, request, gathered)]
+        written = [path, *write_report(path, command.topic, tables, request, gathered, command=how)]
         print(f"written: {', '.join(map(str, written))}")
     return written
+
+
+def own_files(command: Ablate) -> tuple[TaskFiles | None, TaskFiles | None]:
+    """Returns the user's files for a classification, and those for a translation, with hashes.
+
+    Raises:
+      ValueError: both, or beside files of the tables that there are; no such file.
+    """
+    form = RowFormat(
+        named_pairs("columns", command.columns),
+        command.separator,
+        command.column_names,
+        command.bad_rows,
+    )
+    if not command.labelled and not command.parallel:
+        if form != RowFormat():
+            raise ValueError(
+                "columns, separator, column_names and bad_rows are for own files; give --labelled "
+                "or --parallel too"
+            )
+        return None, None
+    given = ("labelled", "parallel", "sst2", "squad", "multi30k", "stories")
+    flags = [f"--{flag}" for flag in given if getattr(command, flag)]
+    if command.topic != "transfer" or len(flags) > 1:
+        raise ValueError(
+            f"{command.topic} {' '.join(flags)}: a report on own files is one of transfer, on "
+            "--labelled or on --parallel, without other data"
+        )
+    files = transfer_own.files_named(command.labelled or command.parallel, form)
+    if command.labelled:
+        return sst2_task(files).files, None
+    return None, Translation(files=files).resolve().files
+
+
+def _again(command: Ablate) -> str:
+    """Returns the command line that a report on own files names."""
+    words = ["python", "-m", "experiments.ablate", command.topic]
+    for flag in ("labelled", "parallel", "columns", "separator", "column_names"):
+        value = getattr(command, flag)
+        values = [value] if isinstance(value, str) else list(value or ())
+        words += [f"--{flag.replace('_', '-')}", *values] if values else []
+    words += ["--bad-rows", command.bad_rows] if command.bad_rows != "stop" else []
+    return shlex.join(words)
 
 
 def _forget(gathered: Gathered, tables: list[Table], request: Request) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from experiments.ablate import transfer_multi30k, transfer_squad, transfer_sst2_report
+from experiments.ablate import (
+    transfer_multi30k,
+    transfer_squad,
+    transfer_sst2_report,
+    transfer_stories_report,
+)
 from experiments.ablate.tables import Table
 
 TABLES: tuple[Table, ...] = (
     *transfer_sst2_report.TABLES,
     transfer_multi30k.TABLE,
     transfer_squad.TABLE,
+    *transfer_stories_report.TABLES,
 )

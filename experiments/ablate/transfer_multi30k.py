@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +47,36 @@ SEARCHES: dict[str, tuple[int, float]] = {
 """Row -> (beams, alpha)."""
 
 
-def settings_of(folder: Path, seed: int) -> Settings:
-    """Returns the run of a seed on the files in `folder`."""
+def files_of(folder: Path) -> TaskFiles:
+    """Returns the files of Multi30k in a folder."""
+    return TaskFiles(
+        tuple(
+            (split, f"{folder / name}.en.gz,{folder / name}.de.gz")
+            for split, name in SPLITS.items()
+        )
+    )
+
+
+def settings_of(task: Translation, pieces: str, seed: int) -> Settings:
+    """Returns the run of a seed.
+
+    Args:
+      task: resolved.
+      pieces: tokenizer, learned from both sides of the training pairs.
+      seed: of everything that is drawn.
+    """
     model = encoder_decoder_mini(
         layers=3, encoder_layers=3, width=192, heads=4, ffn_width=512, dropout=0.2
-    )
-    paths = tuple(
-        (split, f"{folder / name}.en.gz,{folder / name}.de.gz") for split, name in SPLITS.items()
     )
     return Settings(
         phases=(Phase(STEPS, model, ROWS, LENGTH),),
         data=(),
-        tokenizer=TOKENIZER,
+        tokenizer=pieces,
         seed=seed,
         optimizer=Muon(),
         schedule=Linear(warmup_steps=WARMUP),
         label_smoothing=0.1,
-        task=Translation(files=TaskFiles(paths)).resolve(),
+        task=task,
     )
 
 
@@ -71,10 +84,15 @@ def cells(request: Request) -> list[Item]:
     """Returns a run for each seed, what it gave over time, and the searches."""
     if request.multi30k is None:
         return []
+    return cells_of(request, Translation(files=files_of(request.multi30k)).resolve(), TOKENIZER)
+
+
+def cells_of(request: Request, task: Translation, pieces: str) -> list[Item]:
+    """Returns the same for any files; see `settings_of`."""
     loop = LoopSettings(50, EVALUATE_EVERY, EVALUATE_EVERY, watch=Translation.watch)
     found: list[Item] = []
     for seed in range(request.seeds):
-        cell = Cell(TRAINED, settings_of(request.multi30k, seed), loop)
+        cell = Cell(TRAINED, settings_of(task, pieces, seed), loop)
         of = {"run": cell.key, "seed": seed}
         over_time = functools.partial(curve, request.cells)
         found.append(Measurement(TRAINED, {"what": "curve", **of}, over_time, needs=(cell,)))
@@ -128,7 +146,17 @@ def search(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def render(results: Results) -> list[str]:
     """Returns the searches and when the goal was passed."""
-    lines = [" ".join((__doc__ or "").split("\n\n", 1)[1].split()), ""]
+    return render_searches(results, [" ".join((__doc__ or "").split("\n\n", 1)[1].split())])
+
+
+def render_searches(results: Results, about: Sequence[str]) -> list[str]:
+    """Returns the same for any files.
+
+    Args:
+      results: of the table.
+      about: paragraphs on what was run.
+    """
+    lines = [line for part in about for line in (part, "")]
     rows, signature = [], ""
     for name in SEARCHES:
         row = results.by_name.get(name, {})

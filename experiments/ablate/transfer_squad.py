@@ -28,6 +28,7 @@ import numpy as np
 from experiments.ablate.margins import margin
 from experiments.ablate.markdown import grid, spread
 from experiments.ablate.tables import Item, Request, Results, Table
+from experiments.ablate.transfer_sst2_report import steps_to
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
 from experiments.squad_floor import LONGEST, floor_scores
@@ -221,7 +222,35 @@ def _claims(results: Results, found: Mapping[str, Any] | None) -> list[str]:
                 f"* {what} {found_margin.difference:+.1f} F1, in standard errors "
                 f"{found_margin.text}."
             )
-    return lines
+    return [*lines, *_time_to_scratch(results)]
+
+
+def _time_to_scratch(results: Results) -> list[str]:
+    """How much sooner the language model's row is where training from scratch ends.
+
+    In steps, which are the same work in both rows.
+    """
+    seeds = results.shared(SCRATCH, TRANSFER)
+    if not seeds:
+        return []
+    curves = {
+        way: [
+            [[row["step"], row["f1"]] for row in results.by_name[way][seed]["curve"]]
+            for seed in seeds
+        ]
+        for way in (SCRATCH, TRANSFER)
+    }
+    target = float(np.mean([curve[-1][1] for curve in curves[SCRATCH]]))
+    steps = {way: np.array([steps_to(c, target) for c in found]) for way, found in curves.items()}
+    ratios = steps[SCRATCH] / steps[TRANSFER]
+    both = ratios[np.isfinite(ratios)]
+    said = spread(both.tolist(), 2) if len(both) else "none"
+    return [
+        f"* Steps to {target:.1f} F1 on the validation articles, where training from scratch ends, "
+        f"over those from the language model: {said} (seeds in which both reach it: {len(both)} of "
+        f"{len(seeds)}; looked at every {EVERY} steps). A step is the same work in both; the "
+        f"language model took {LANGUAGE_STEPS} of about the same before."
+    ]
 
 
 def picture(results: Results) -> Any:

@@ -19,9 +19,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.ablate.steps import memory_of_step, step_times
 from experiments.ablate.tables import Item, Request
@@ -61,17 +61,37 @@ COSTS = "costs of a step"
 WAYS = (SCRATCH, BAG, HEAD, *(f"LoRA, rank {rank}" for rank in RANKS), FULL)
 
 
-def model_of(dropout: float) -> TransformerConfig:
+class Rows(NamedTuple):
+    """What the rows of a file say of the runs on it.
+
+    Attributes:
+      task: resolved.
+      pieces: tokenizer, learned from the training texts.
+      length: tokens of a row.
+    """
+
+    task: Classification
+    pieces: str
+    length: int
+
+
+def model_of(dropout: float, length: int) -> TransformerConfig:
     """Returns the model of all rows."""
-    return modern_mini(layers=2, width=64, heads=2, max_length=LENGTH, dropout=dropout)
+    return modern_mini(layers=2, width=64, heads=2, max_length=length, dropout=dropout)
 
 
-def language_settings(seed: int, texts: str, plays: str) -> Settings:
-    """Returns the run of the language model, on folders with its texts."""
+def language_settings(rows: Rows, seed: int, texts: Sequence[str]) -> Settings:
+    """Returns the run of the language model, on folders with its texts, the training texts first.
+
+    Args:
+      rows: see there.
+      seed: of everything that is drawn.
+      texts: folders.
+    """
     return Settings(
-        phases=(Phase(LANGUAGE_STEPS, model_of(0.1), LANGUAGE_ROWS, LENGTH),),
-        data=(texts, plays, "stdlib"),  # in equal parts
-        tokenizer=PIECES,
+        phases=(Phase(LANGUAGE_STEPS, model_of(0.1, rows.length), LANGUAGE_ROWS, rows.length),),
+        data=(*texts, "stdlib"),  # in equal parts
+        tokenizer=rows.pieces,
         seed=seed,
         optimizer=AdamW(learning_rate=3e-3, weight_decay=0.1),
         schedule=Linear(warmup_steps=LANGUAGE_STEPS // 30),
@@ -79,13 +99,13 @@ def language_settings(seed: int, texts: str, plays: str) -> Settings:
 
 
 def task_settings(
-    way: str, task: Classification, seed: int, steps: int, parent: str | None = None
+    way: str, rows: Rows, seed: int, steps: int, parent: str | None = None
 ) -> Settings:
     """Returns the run of a row.
 
     Args:
       way: one of `WAYS`.
-      task: resolved.
+      rows: see there.
       seed: of everything that is drawn.
       steps: updates.
       parent: run of the language model.
@@ -104,15 +124,15 @@ def task_settings(
     elif way not in (SCRATCH, FULL):
         raise ValueError(f"no way is called {way!r}; there are {', '.join(WAYS)}")
     return Settings(
-        phases=(Phase(steps, model_of(0.5), ROWS, LENGTH),),
+        phases=(Phase(steps, model_of(0.5, rows.length), ROWS, rows.length),),
         data=(),
-        tokenizer=PIECES,
+        tokenizer=rows.pieces,
         seed=seed,
         optimizer=AdamW(learning_rate=rate, weight_decay=decay),
         schedule=Linear(),
         methods=methods,
         parent=None if way in (SCRATCH, BAG) else parent,
-        task=task,
+        task=rows.task,
     )
 
 
@@ -121,36 +141,55 @@ def cells(request: Request) -> list[Item]:
     if request.sst2 is None or request.shakespeare is None:
         return []
     paths = tuple((split, str(request.sst2 / name)) for split, name in FILES.items())
-    task = Classification(TaskFiles(paths, FORM), pool="mean", dropout=0.5).resolve()
-    train, plays = request.sst2 / FILES["train"], request.shakespeare
-    texts = {
-        "sentences": Measurement(
+    task = task_of(TaskFiles(paths, FORM))
+    about = {"sha256": content_hash(request.sst2 / FILES["train"])}
+    return cells_of(request, Rows(task, PIECES, LENGTH), about)
+
+
+def task_of(files: TaskFiles) -> Classification:
+    """Returns the task on some files, resolved."""
+    return Classification(files, pool="mean", dropout=0.5).resolve()
+
+
+def cells_of(request: Request, rows: Rows, about: Mapping[str, Any]) -> list[Item]:
+    """Returns the same for any files.
+
+    Args:
+      request: whose plays, if any, the language model reads too.
+      rows: see there.
+      about: says by content what the training texts are.
+    """
+    texts = [
+        Measurement(
             "unlabelled sentences",
-            {"text": "sentences", "sha256": content_hash(train)},
-            functools.partial(_keep_sentences, request.cells, train),
-        ),
-        "plays": Measurement(
-            "plays",
-            {"text": "plays", "sha256": content_hash(plays)},
-            functools.partial(_keep_plays, request.cells, plays),
-        ),
-    }
-    folders = [str(request.cells / text.key) for text in texts.values()]
+            {"text": "sentences", **about},
+            functools.partial(_keep_sentences, request.cells, rows.task),
+        )
+    ]
+    if (plays := request.shakespeare) is not None:
+        texts.append(
+            Measurement(
+                "plays",
+                {"text": "plays", "sha256": content_hash(plays)},
+                functools.partial(_keep_plays, request.cells, plays),
+            )
+        )
+    folders = [str(request.cells / text.key) for text in texts]
     items: list[Item] = []
     runs: list[Cell] = []
     for seed in range(request.seeds):
-        settings = language_settings(seed, *folders)
+        settings = language_settings(rows, seed, folders)
         loop = LoopSettings(log_every=100, evaluate_every=500)
-        language = Cell(LANGUAGE, settings, loop, needs=tuple(texts.values()))
+        language = Cell(LANGUAGE, settings, loop, needs=tuple(texts))
         items.append(language)
         runs.append(language)
         for way in WAYS:
-            items.append(_measured(request, way, way, task, seed, language, 1.0, STEPS))
+            items.append(_measured(request, way, way, rows, seed, language, 1.0, STEPS))
         for share, steps in SHARES.items():
             if share < 1:
                 for way in (SCRATCH, FULL):
                     name = shared(way, share)
-                    args = (task, seed, language, share, steps)
+                    args = (rows, seed, language, share, steps)
                     items.append(_measured(request, name, way, *args))
     first = runs[0]
     measured = {
@@ -159,7 +198,7 @@ def cells(request: Request) -> list[Item]:
         "repeats": REPEATS,
         "run": first.key,
     }
-    measure = functools.partial(costs, request.cells, task)
+    measure = functools.partial(costs, request.cells, rows)
     return [*items, Measurement(COSTS, measured, measure, needs=(first,))]
 
 
@@ -167,15 +206,16 @@ def _measured(
     request: Request,
     name: str,
     way: str,
-    task: Classification,
+    rows: Rows,
     seed: int,
     language: Cell,
     share: float,
     steps: int,
 ) -> Measurement:
+    task = rows.task
     files = dataclasses.replace(task.files, share=share, share_seed=seed if share < 1 else 0)
-    task = dataclasses.replace(task, files=files)
-    settings = task_settings(way, task, seed, steps, str(request.cells / language.key))
+    rows = rows._replace(task=dataclasses.replace(task, files=files))
+    settings = task_settings(way, rows, seed, steps, str(request.cells / language.key))
     loop = LoopSettings(
         log_every=50, evaluate_every=EVERY, checkpoint_every=EVERY, watch="-accuracy"
     )
@@ -204,12 +244,12 @@ def measure_test(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**report_task(folder), "curve": curve}
 
 
-def costs(cells: Path, task: Classification, settings: Mapping[str, Any]) -> dict[str, Any]:
+def costs(cells: Path, rows: Rows, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Times a step of every row in turn, and reads off what it holds in memory.
 
     Args:
       cells: folder of the runs.
-      task: resolved.
+      rows: see there.
       settings: with the key of a run, whose vocabulary is used.
 
     Returns:
@@ -219,16 +259,17 @@ def costs(cells: Path, task: Classification, settings: Mapping[str, Any]) -> dic
     runs = {}
     for name in settings["rows"]:
         language = name == LANGUAGE
-        made = language_settings(0, "", "") if language else task_settings(name, task, 0, STEPS)
+        made = language_settings(rows, 0, ()) if language else task_settings(name, rows, 0, STEPS)
         runs[name] = (made, config_for(made.phases[0], tokenizer))
     times = step_times(runs, settings["repeats"], SCRATCH)
     return {name: {**times[name], "bytes": memory_of_step(*run)} for name, run in runs.items()}
 
 
-def _keep_sentences(cells: Path, path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the sentences of a file without their labels, a document each."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    sentences = [line.split(" ", 1)[1] for line in lines if " " in line]
+def _keep_sentences(
+    cells: Path, task: Classification, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes the training texts without their labels, a document each."""
+    sentences = list(task.texts())
     content = "".join(json.dumps({"text": text}) + "\n" for text in sentences)
     _keep(cells, settings, "sentences.jsonl", content)
     return {"documents": len(sentences)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,18 @@ def steps_to(curve: list[list[float]], target: float) -> float:
 
 def render(results: Results) -> list[str]:
     """Returns the ways to tune, what they reach and cost, and whether scratch beats TF-IDF."""
-    lines = [" ".join(part.split()) for part in (sst2.__doc__ or "").split("\n\n")[1:3]]
+    about = [" ".join(part.split()) for part in (sst2.__doc__ or "").split("\n\n")[1:3]]
+    return render_ways(results, about, TFIDF)
+
+
+def render_ways(results: Results, about: Sequence[str], tfidf: float) -> list[str]:
+    """Returns the same for any files.
+
+    Args:
+      results: of the table.
+      about: paragraphs on what was run.
+      tfidf: accuracy of TF-IDF and logistic regression on the test split, nan if unknown.
+    """
     target = target_of(results)
     measured = next(iter(results.by_name.get(COSTS, {}).values()), None)
     rows = []
@@ -63,12 +74,15 @@ def render(results: Results) -> list[str]:
         *("way", "test accuracy, %", "parameters that train", "their gradient and state, MiB"),
         *("peak of a step, MiB", "steps to the target", "seeds that reach it", "seconds to it"),
     ]
-    lines = [lines[0], "", lines[1], "", f"Target: {target:.1%} on the validation split.", ""]
+    lines = [line for part in about for line in (part, "")]
+    lines += [f"Target: {target:.1%} on the validation split.", ""]
     lines += grid(names, rows, "l" + "r" * (len(names) - 1))
-    return [*lines, "", *_claims(results, measured, target)]
+    return [*lines, "", *_claims(results, measured, target, tfidf)]
 
 
-def _claims(results: Results, measured: Mapping[str, Any] | None, target: float) -> list[str]:
+def _claims(
+    results: Results, measured: Mapping[str, Any] | None, target: float, tfidf: float
+) -> list[str]:
     """What the rows say: against TF-IDF, what transfer adds, and the ratio of the times."""
     lines = []
     seeds = results.shared(SCRATCH, FULL)
@@ -78,13 +92,13 @@ def _claims(results: Results, measured: Mapping[str, Any] | None, target: float)
         if seeds
     }
     for way in (SCRATCH, BAG):
-        if own := results.by_name.get(way):
+        if (own := results.by_name.get(way)) and not math.isnan(tfidf):
             mean = float(np.mean([values["test"]["accuracy"] for values in own.values()]))
-            gap = 100 * (mean - TFIDF)
+            gap = 100 * (mean - tfidf)
             word = "above" if gap > 0 else "below"
             lines.append(
-                f"* {way.capitalize()}: {abs(gap):.1f} points {word} the {TFIDF:.1%} of TF-IDF and "
-                "logistic regression on whole words."
+                f"* {way.capitalize()}: {abs(gap):.1f} points {word} the {tfidf:.1%} of TF-IDF and "
+                "logistic regression on words."
             )
     if accuracy:
         found: Margin = margin(accuracy[FULL], accuracy[SCRATCH])
@@ -127,8 +141,8 @@ def render_shares(results: Results) -> list[str]:
     names = ["labels", SCRATCH, "transferred (full)", "difference", "in standard errors"]
     return [
         "Test accuracy, %. The rows that keep their label are drawn anew for each seed, the same "
-        "for both ways; pieces and language model have seen all sentences without labels, and the "
-        "checkpoint is chosen on the whole validation split.",
+        "for both ways; pieces and language model have seen all training sentences without labels, "
+        "and the checkpoint is chosen on the whole validation split.",
         "",
         *grid(names, rows, "lrrrr"),
     ]
