@@ -310,10 +310,11 @@ def test_the_server_table_counts_updates():
     assert server.render(Results({"killed": {0: row}})) == ["No seed has all three forms yet."]
 
 
-def test_the_same_loss_is_within_the_spread_over_seeds():
-    """A server that lost half of what it knew ends elsewhere, and the table says so."""
-    assert server.same_loss([2.02, 2.03], [2.0, 2.05]).startswith("the runs end at the same loss")
-    assert "at **another** loss" in server.same_loss([2.0, 2.2], [2.0, 2.05])
+def test_the_same_loss_is_told_by_standard_errors():
+    """A difference counts by how far it exceeds what differs between seeds."""
+    alive = [2.0, 2.05, 2.1]
+    assert server.same_loss([2.03, 2.03, 2.1], alive).endswith("as far as they can tell")
+    assert server.same_loss([2.1, 2.16, 2.2], alive).endswith("3 seeds: **another**")
     assert "no spread" in server.same_loss([2.0], [2.0])
 
 

@@ -36,11 +36,14 @@ FORMS: dict[str, CompressedReduce] = {
     "none": CompressedReduce("none"),
     "int8": CompressedReduce("int8"),
     "PowerSGD, rank 4": CompressedReduce("powersgd", rank=4),
+    "PowerSGD, rank 32, blocks alone": CompressedReduce(
+        "powersgd", rank=32, matrices="blocks/.*/kernel"
+    ),
     "top-k, 10 %": CompressedReduce("top_k", density=0.10),
     "top-k, 3 %": CompressedReduce("top_k", density=0.03),
     "top-k, 1 %": CompressedReduce("top_k", density=0.01),
 }
-BOUND = ("int8", "PowerSGD, rank 4")
+BOUND = ("int8", "PowerSGD, rank 4", "PowerSGD, rank 32, blocks alone")
 """Those whose loss is held against `CLOSE`."""
 
 

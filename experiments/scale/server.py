@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments import parameter_server as runs
+from experiments.ablate.margins import margin
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.parameter_server_task import make_task
 
+ERRORS = 2.0  # standard errors from which two losses differ
 PACE = 0.5  # seconds; a step of the task computes for some hundredths, more on a busy machine
 
 
@@ -85,22 +87,24 @@ def render(results: Results) -> list[str]:
 
 
 def same_loss(killed: Sequence[float], alive: Sequence[float]) -> str:
-    """Says whether the runs end at the same loss: within what the undisturbed runs' seeds span.
+    """Says whether the runs end at the same loss: not two standard errors apart, in pairs.
 
-    >>> same_loss([2.01, 2.04], [2.0, 2.05])
-    'the runs end at the same loss: off the undisturbed run of the seed by +0.0100, -0.0100, at \
-most 0.0100, and the undisturbed runs span 0.0500 over 2 seeds'
+    The seed does not make an asynchronous run repeat, so that even undisturbed ones of one seed
+    differ; a difference has to be told from that.
+
+    >>> same_loss([2.02, 2.04], [2.0, 2.05])
+    'the final loss is +0.26% (+1.00%, -0.49%) off that of the undisturbed run of the seed, +0.3 \
+standard errors over 2 seeds: the same, as far as they can tell'
     """
-    off = [k - a for k, a in zip(killed, alive, strict=True)]
-    differences = ", ".join(f"{d:+.4f}" for d in off)
-    worst, span = max(map(abs, off)), max(alive) - min(alive)
+    off = [k / a - 1 for k, a in zip(killed, alive, strict=True)]
+    each = ", ".join(f"{o:+.2%}" for o in off)
+    found = margin(killed, alive)
+    text = f"the final loss is {sum(off) / len(off):+.2%} ({each}) off that of the undisturbed run"
     if len(off) == 1:
-        return f"the run ends {differences} off the undisturbed one; one seed has no spread"
-    verdict = "at the same loss" if worst <= span else "at **another** loss"
-    return (
-        f"the runs end {verdict}: off the undisturbed run of the seed by {differences}, at most "
-        f"{worst:.4f}, and the undisturbed runs span {span:.4f} over {len(off)} seeds"
-    )
+        return f"{text}; one seed has no spread"
+    apart = abs(found.errors) > ERRORS
+    verdict = "**another**" if apart else "the same, as far as they can tell"
+    return f"{text} of the seed, {found.text} standard errors over {len(off)} seeds: {verdict}"
 
 
 def picture(results: Results) -> Any:
