@@ -78,6 +78,19 @@ def test_a_run_on_a_mesh_equals_one_on_a_device(tmp_path, text, capsys):
 
 
 @pytest.mark.slow
+def test_a_pipeline_trains_in_bfloat16(tmp_path, text):
+    """XLA:CPU aborts on its sums where it may add them up in float32."""
+    settings = settings_for(text)
+    (phase,) = settings.phases
+    model = dataclasses.replace(phase.model, dtype="bfloat16")
+    settings = dataclasses.replace(settings, phases=(dataclasses.replace(phase, model=model),))
+    execute(settings, tmp_path / "one", QUIET)
+    execute(settings, tmp_path / "staged", on("data=2,pipeline=2"))
+    found, want = (losses(tmp_path / name)[-1][-1] for name in ("staged", "one"))
+    assert found == pytest.approx(want, rel=1e-2)  # bfloat16 has three digits
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "strategies"),
     [("data=8", ()), ("fsdp=8", ()), ("data=4,tensor=2", ("zero1", "sequence"))],
