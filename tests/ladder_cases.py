@@ -6,6 +6,8 @@ from experiments.baselines.cells import BaselineCell
 from experiments.ladder.child import FACTS
 from experiments.ladder.climb import BASELINES, TORCH
 from experiments.ladder.command import Ladder
+from experiments.ladder.measure import Reached
+from experiments.ladder.rows import Row
 from experiments.ladder.rungs import RUNGS
 from experiments.run import write_json
 from train.tokenizers import load_tokenizer
@@ -71,3 +73,9 @@ def cells_of(text, name, after=""):
     rest = text[text.index(after) :]
     line = next(line for line in rest.splitlines() if line.startswith(f"| {name} |"))
     return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def row(name, seconds):
+    return Row(
+        name, {s: Reached(1.0, 1.0, 10, 100, 1.0, t, 1.0, t + 2) for s, t in seconds.items()}
+    )

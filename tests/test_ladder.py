@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -13,42 +12,30 @@ from experiments.ablate.report import read
 from experiments.baselines.cells import BaselineCell
 from experiments.grid import Cell
 from experiments.ladder import command as ladder_command
-from experiments.ladder import report, rows, rungs
+from experiments.ladder import rows, rungs
 from experiments.ladder.child import job_from_json, job_to_json, run_here
 from experiments.ladder.climb import (
     BASELINES,
     TORCH,
-    TORCH_COMPILED,
     TORCH_TUNED,
     Site,
-    changed_since,
     climb,
-    enough,
     job_of,
     lengths_of,
     recipe_for,
-    recipe_key,
 )
 from experiments.ladder.command import run_ladder
-from experiments.ladder.measure import Reached, fastest, reached
+from experiments.ladder.measure import fastest, reached
 from experiments.ladder.recipe import Ramp, Recipe
-from experiments.ladder.report import render
 from experiments.ladder.rungs import RUNGS, below, formats_of, recipe_of
 from experiments.ladder.scales import CPU, GPU, SCALES, TINY
-from experiments.ladder.side_by_side import item_of, speed_against, speed_of
 from experiments.ladder.sizes import line, scales_of
 from experiments.speedrun import Speedrun, check_demo, ladder_of
 from model.presets import gpt2_tiny
-from tests.ladder_cases import NAMES, WEIGHTS, Counting, cells_of, fake, ladder
+from tests.ladder_cases import NAMES, WEIGHTS, Counting, cells_of, fake, ladder, row
 from train.optimizers import Adam
 from train.schedules import Linear
 from train.settings import to_json
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Which take longer than all else here."""
-    monkeypatch.setattr(ladder_command, "draw", lambda site, path: False)
 
 
 def recipe(**fields):
@@ -165,12 +152,6 @@ def test_the_first_crossing_counts_and_the_fastest_run():
     quick = [point(2.0, 2.5)]
     assert fastest([run, quick], 2.0).training == 2.5
     assert fastest([], 2.0) is None
-
-
-def row(name, seconds):
-    return rows.Row(
-        name, {s: Reached(1.0, 1.0, 10, 100, 1.0, t, 1.0, t + 2) for s, t in seconds.items()}
-    )
 
 
 def test_ratios_are_of_paired_seeds():
@@ -338,190 +319,6 @@ def test_the_demo_refuses_what_is_the_ladders(tmp_path):
             check_demo(Speedrun(**fields))
     with pytest.raises(ValueError, match="--seeds N"):
         ladder_of(Speedrun(scale="cpu", seed=1), tmp_path)
-
-
-def test_a_target_never_moves_with_the_seeds_of_the_rungs(tmp_path, no_pictures):
-    run_ladder(ladder(tmp_path, rungs=("rate",)))
-    path = tmp_path / "results" / "speedrun-tiny.json"
-    site = Site(TINY, tmp_path, read(path))
-    ends = [lengths_of(site, TORCH_TUNED, s)[TINY.tokens]["points"][-1]["bits"] for s in range(2)]
-    before = [rows.mean_end(site, name) for name in (TORCH, TORCH_TUNED)]
-    assert before[1] == np.mean(ends)
-    run_ladder(ladder(tmp_path, rungs=("torch", "torch-tuned"), seeds=4))
-    again = Site(TINY, tmp_path, read(path))
-    assert len(rows.curves_of(again, TORCH_TUNED)) == 4
-    assert [rows.mean_end(again, name) for name in (TORCH, TORCH_TUNED)] == before
-
-
-def with_rate(rate):
-    muon = dataclasses.replace(TINY.choices.muon, learning_rate=rate)
-    return TINY.at(choices=dataclasses.replace(TINY.choices, muon=muon))
-
-
-def test_runs_of_an_older_recipe_are_in_no_row(tmp_path):
-    gathered = Gathered({})
-    old, new = (Site(with_rate(r), tmp_path, gathered, run=fake) for r in (0.02, 0.03))
-    old.outcome("muon", 4096, 0)
-    new.outcome("muon", 6144, 0)
-    new.outcome("rate", 4096, 0)
-    assert (list(lengths_of(old, "muon", 0)), list(lengths_of(new, "muon", 0))) == ([4096], [6144])
-    assert changed_since(new) == {"muon": 1}
-    assert list(lengths_of(old, "rate", 0)) == [4096]  # which builds on no Muon
-    kept = Site(with_rate(0.03), tmp_path, Gathered(json.loads(json.dumps(gathered.content()))))
-    assert list(lengths_of(kept, "muon", 0)) == [6144]
-
-
-def test_a_run_of_two_recipes_stands_in_the_rows_of_both(tmp_path):
-    """At a budget at which a share of the steps rounds to nothing, say."""
-    site = Site(TINY, tmp_path, Gathered({}), run=fake)
-    job = job_of(TINY, "muon", 4096, 0)
-    for recipe_ in ("one", "two", "one"):
-        values = site.take(job, "table", 0, recipe_)
-    assert values["recipes"] == ["one", "two"]
-
-
-def test_steps_side_by_side_count_for_todays_recipes_alone(tmp_path):
-    site = Site(with_rate(0.02), tmp_path, Gathered({}))
-    put_speeds(site, {"muon": 0.5, TORCH: 0.8})
-    assert speed_of(site, "muon") == 0.5
-    assert speed_of(dataclasses.replace(site, scale=site.scale.at(held_out="test")), "muon") == 0.5
-    assert speed_of(dataclasses.replace(site, scale=with_rate(0.03)), "muon") is None
-    assert speed_against(site, "muon", TORCH) == pytest.approx(0.5 / 0.8)
-
-
-def put_speeds(site, speeds):
-    for name, ratio in speeds.items():
-        item = item_of(site, name)
-        recipes = [recipe_key(site.scale, each) for each in (name, TORCH_TUNED)]
-        site.gathered.add(item, {"ratio": ratio, "recipes": recipes}, {})
-        table = site.gathered.index.setdefault(site.table, {})
-        table[item.name] = {"0": item.key}
-
-
-def test_what_fails_is_named_at_the_end_and_the_rest_goes_on(tmp_path, no_pictures):
-    chosen = ("rate", "batch-warmup", "muon")
-    for error in (RuntimeError, ValueError):
-        command = ladder(tmp_path / error.__name__, rungs=chosen, seeds=2)
-        command = dataclasses.replace(command, run=Counting(("batch-warmup",), error=error))
-        with pytest.raises(ValueError, match=r"2 failed, .*batch-warmup, seed 1 \(.*no power") as e:
-            run_ladder(command)
-        assert "muon" not in str(e.value)
-        text = (tmp_path / error.__name__ / "results" / "speedrun-tiny.md").read_text()
-        assert cells_of(text, "muon")[1] == "2 of 2"
-        assert "| batch-warmup |" not in text
-    stopped = ladder(tmp_path / "stopped", rungs=chosen)
-    stopped = dataclasses.replace(stopped, run=Counting(("rate",), error=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run_ladder(stopped)
-    assert not any(name.startswith("muon") for name in stopped.run.ran)
-
-
-def test_without_a_baseline_nothing_is_climbed(tmp_path, no_pictures):
-    command = dataclasses.replace(ladder(tmp_path, rungs=("muon",)), run=Counting(("torch",)))
-    with pytest.raises(ValueError, match="a baseline, without which there is no target"):
-        run_ladder(command)
-    assert command.run.ran == [f"torch, {TINY.tokens:,} tokens"]
-
-
-def test_the_compiled_baseline_takes_the_lengths_of_the_eager_one(tmp_path, no_pictures):
-    command = ladder(tmp_path, rungs=("torch-tuned", "torch-tuned-compiled"), seeds=2)
-    run_ladder(command)
-    site = Site(TINY, tmp_path, read(tmp_path / "results" / "speedrun-tiny.json"))
-    first = rows.mean_end(site, TORCH)
-    for seed in range(2):
-        found = list(lengths_of(site, TORCH_COMPILED, seed))
-        assert found == sorted({TINY.tokens, enough(site, TORCH_TUNED, seed, first)})
-        assert len(found) == 2
-    jobs = [job_of(CPU, name, CPU.tokens, 0) for name in (TORCH_TUNED, TORCH_COMPILED)]
-    assert [job.baseline.mode for job in jobs] == ["eager", "compile"]
-    assert jobs[0].baseline.settings == jobs[1].baseline.settings
-    with pytest.raises(ValueError, match="no rung is called 'torch-tuned-compiled'"):
-        run_ladder(
-            dataclasses.replace(ladder(tmp_path, data=("a",), rungs=(TORCH_COMPILED,)), scale="gpu")
-        )
-
-
-def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures):
-    chosen = (*BASELINES, "jax", "rate", "batch", "muon", "softcap")
-    path, text, *_ = run_ladder(ladder(tmp_path, rungs=chosen, seeds=3))
-    gathered = read(path)
-    site = Site(TINY, tmp_path, gathered)
-    speeds = {"muon": 0.5, TORCH: 0.8, TORCH_COMPILED: 1.2}
-    put_speeds(site, speeds)
-    speeds[TORCH_TUNED] = 1.0  # which all are measured against
-    text = "\n".join(render(site, path))
-    for baseline in (TORCH_TUNED, TORCH):
-        target = rows.mean_end(site, baseline)
-        found = {n: rows.row_of(site, n, target, baseline) for n in chosen}
-        after = text[text.index(f"{target:.4f} bits per byte") :]
-        head, *_ = (line for line in after.splitlines() if line.startswith("| rung | to below"))
-        names = [cell.strip() for cell in head.split("|")[1:-1]]
-        assert names[3::4] == [f"to {name}" for name in BASELINES]
-        cells = cells_of(after, "muon", "| rung | to below")
-        assert len(cells) == len(names) == 15
-        for number, name in enumerate(BASELINES):
-            whole, _, compiled, beside = cells[3 + 4 * number : 7 + 4 * number]
-            if (name, baseline) == (TORCH, TORCH_TUNED):  # which never gets there
-                assert all(each.startswith("> ") for each in (whole, compiled, beside))
-                continue
-            mean = rows.ratio(found["muon"], found[name]).mean
-            assert whole == f"{mean:.2f} ± {rows.ratio(found['muon'], found[name]).error:.2f}x"
-            assert compiled.startswith(
-                f"{rows.ratio(found['muon'], found[name], 'compiled').mean:.2f}"
-            )
-            tokens = rows.ratio(found["muon"], found[name], "tokens").mean
-            assert beside == f"{tokens * 0.5 / speeds[name]:.2f}x"
-    for what in (f"To {TORCH_TUNED}, seconds of training:", "and compiling:", f"To {TORCH}, secon"):
-        assert what in text
-
-
-def test_only_rows_that_looked_for_a_loss_are_compared_with_the_row_below(tmp_path, no_pictures):
-    chosen = (*BASELINES, "jax", "rate", "batch", "block")
-    text = run_ladder(ladder(tmp_path, rungs=chosen))[1].read_text()
-    second, first = text.split("### To the end of the first baseline")
-    for name, there in (("rate", True), ("batch", False), ("block", False)):
-        assert bool(cells_of(first, name, "| rung | to below")[1]) == there
-        assert cells_of(second, name, "| rung | to below")[1]
-    assert "###" in first
-
-
-@pytest.mark.parametrize(
-    ("seconds", "kept", "says"),
-    [
-        ((1.0, 1.1, 1.2), True, r"yes, 1\.\d+ ± 0\.\d+x, p 0\.\d+$"),
-        ((1.0, 1.1, 1.2), False, r"not what the recipe does"),
-        ((2.0, 2.1, 2.2), True, r"no, .*\(\*\*not what the recipe does"),
-        ((2.0, 2.1, 2.2), False, r"no, 0\.\d+ ± 0\.\d+x, p 0\.\d+$"),
-        ((1.4, 1.6, 1.5), True, r"unclear, .*\(\*\*kept without proof"),
-        ((1.4, 1.6, 1.5), False, r"unclear, .* p 0\.\d+$"),
-        ((1.0, 1.1), True, r"no verdict from 2 seeds, 1\.\d+"),
-    ],
-)
-def test_a_verdict_needs_two_standard_errors_over_three_seeds(monkeypatch, seconds, kept, says):
-    name = "muon" if kept else "length"
-    mine, under = row(name, dict(enumerate(seconds))), row("x", {0: 1.5, 1: 1.52, 2: 1.51})
-    monkeypatch.setattr(report, "row_of", lambda site, *args: under)
-    monkeypatch.setattr(report, "mean_end", lambda *args: 1.0)
-    word, found = report.verdict(None, mine)
-    assert word == ("yes" if kept else "no")
-    assert re.search(says, found), found
-
-
-def test_the_report_names_text_threads_and_trials(tmp_path, no_pictures):
-    content = run_ladder(ladder(tmp_path, rungs=("rate",)))[1].read_text()
-    assert "* text: a text, sha256 c0ffee" in content
-    assert "* threads: torch 2, ours 2" in content
-    assert "The choices are guesses" in content
-
-
-def test_a_run_without_an_evaluation_is_drawn_all_the_same(tmp_path):
-    def none(job, folder):
-        fake(job, folder)
-        if job.name.startswith("muon"):
-            (folder / job.key / "metrics.jsonl").write_text("")
-
-    path, text, picture = run_ladder(ladder(tmp_path, rungs=("rate", "muon"), run=none))
-    assert picture.exists()
 
 
 def test_untying_late_is_the_only_thing_that_its_rung_changes():
