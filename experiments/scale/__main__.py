@@ -146,8 +146,9 @@ def give_devices() -> None:
     """Makes the virtual devices, before any device is asked for.
 
     XLA:CPU runs independent collectives of one program at the same time, and each waits in a thread
-    of one pool. As large as the devices are many (the default), it was seen to run dry: one device
-    stood in two collectives, and the last that both waited for had no thread left.
+    of one pool, which is made large. That is no cure: with it too a step hung whose conditional
+    spoke beside other collectives (see `experiments.parallel_methods.Diloco`), devices waiting for
+    each other in different ones. A program must order them by what depends on what.
     """
     os.environ.setdefault("NPROC", str(THREADS))
     jax.config.update("jax_num_cpu_devices", DEVICES)

@@ -93,8 +93,9 @@ def same_loss(killed: Sequence[float], alive: Sequence[float]) -> str:
     differ; a difference has to be told from that.
 
     >>> same_loss([2.02, 2.04], [2.0, 2.05])
-    'the final loss is +0.26% (+1.00%, -0.49%) off that of the undisturbed run of the seed, +0.3 \
-standard errors over 2 seeds: the same, as far as they can tell'
+    'the final loss is +0.26% (+1.00%, -0.49%) off that of the undisturbed run of the seed; those \
+span 2.50%, the killed ones 0.99%; +0.3 standard errors over 2 seeds: the same, as far as they can \
+tell'
     """
     off = [k / a - 1 for k, a in zip(killed, alive, strict=True)]
     each = ", ".join(f"{o:+.2%}" for o in off)
@@ -104,7 +105,11 @@ standard errors over 2 seeds: the same, as far as they can tell'
         return f"{text}; one seed has no spread"
     apart = abs(found.errors) > ERRORS
     verdict = "**another**" if apart else "the same, as far as they can tell"
-    return f"{text} of the seed, {found.text} standard errors over {len(off)} seeds: {verdict}"
+    spans = [max(losses) / min(losses) - 1 for losses in (alive, killed)]
+    return (
+        f"{text} of the seed; those span {spans[0]:.2%}, the killed ones {spans[1]:.2%}; "
+        f"{found.text} standard errors over {len(off)} seeds: {verdict}"
+    )
 
 
 def picture(results: Results) -> Any:
