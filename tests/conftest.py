@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and strict promotion for our own code."""
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -52,6 +53,25 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield counts
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Linux lets a process have 65,530 memory mappings. Each compiled program keeps several for as long
+# as JAX remembers it, and a worker compiles thousands: past the limit any allocation fails, also
+# one in the thread by which pytest reaches the worker, and the worker is gone without a word.
+MAPPINGS = 16_384
+
+
+def mappings():
+    """Memory mappings of this process; 0 where the system does not list them."""
+    path = Path("/proc/self/maps")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Between two files, a worker that holds many compiled programs forgets them."""
+    if nextitem is not None and nextitem.path != item.path and mappings() > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
