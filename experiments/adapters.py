@@ -29,14 +29,15 @@ import numpy as np
 from compress.lora import attach, merged
 from compress.native import flat
 from compress.quantize import dequantize_params, is_qtensor, quantize_params, weight_rules
-from experiments.assemble import abstract_frozen, abstract_state, assemble, read_frozen
 from experiments.cli import run_main
-from experiments.compressed import write_run
+from experiments.compression.runs import write_run
 from experiments.folders import check_free, made_at_once
-from experiments.lora_base import BASE
-from experiments.lora_method import Lora
-from experiments.run import Run, config_for, open_run, phase_at, read_json, write_json
-from experiments.tuning_methods import Unfreeze
+from experiments.json_files import read_json, write_json
+from experiments.methods.lora import Lora
+from experiments.methods.lora_base import BASE
+from experiments.methods.tuning import Unfreeze
+from experiments.runs.assemble import abstract_frozen, abstract_state, assemble, read_frozen
+from experiments.runs.run import Run, config_for, open_run, phase_at
 from model.heads import heads_of, without_heads
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.checkpoints import Checkpoints

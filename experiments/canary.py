@@ -3,8 +3,8 @@
     python -m experiments.canary --data text.txt --out runs/canary --steps 300 --noise 1
 
 Each canary is a sentence with random digits, planted as often as `--copies` says. Every run is one
-of `experiments.execute`; `OUT/canary.json` holds the exposures (see `train.exposure`) and what the
-private run has spent. Some ten minutes on two cores with the settings above.
+of `experiments.runs.execute`; `OUT/canary.json` holds the exposures (see `train.exposure`) and what
+the private run has spent. Some ten minutes on two cores with the settings above.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import jax
 
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
-from experiments.dp_method import DpSgd
-from experiments.execute import execute
-from experiments.execution import Execution
-from experiments.run import open_run, read_json, write_json, write_text
+from experiments.json_files import read_json, write_json, write_text
+from experiments.methods.privacy import DpSgd
+from experiments.runs.execute import execute
+from experiments.runs.execution import Execution
+from experiments.runs.run import open_run
 from model.presets import modern
 from train.exposure import draw_canaries, exposure, plant
 from train.optimizers import AdamW

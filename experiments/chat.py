@@ -25,7 +25,7 @@ import numpy as np
 from experiments.adapters import adapted_run
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
-from experiments.run import Run
+from experiments.runs.run import Run
 from model.beam import Beam, beam_search
 from model.config import EncoderDecoderConfig
 from model.generate import Sampling

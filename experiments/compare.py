@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.cli import run_main
-from experiments.run import read_settings
+from experiments.runs.run import read_settings
 from train.records import Row, read_rows
 
 

@@ -27,12 +27,12 @@ from compress.lora import merged
 from compress.stored import is_packed
 from experiments.cli import parse, run_main
 from experiments.compilation import use_compilation_cache
-from experiments.compressed import write_run
+from experiments.compression.compressors import COMPRESSORS, settings_to_json
+from experiments.compression.runs import write_run
 from experiments.compression_report import report, write
-from experiments.compressors import COMPRESSORS, settings_to_json
 from experiments.convert import from_huggingface
 from experiments.folders import check_free
-from experiments.run import Run, open_run, phase_at
+from experiments.runs.run import Run, open_run, phase_at
 from model.rules import path_of
 from train.corpus import Corpus, build_corpus
 from train.sources import open_source, parse_mixture
@@ -94,7 +94,7 @@ def compress(
 
     Args:
       run: what to compress; its parameters are plain, see `check_plain`.
-      method: of `experiments.compressors`.
+      method: of `experiments.compression.compressors`.
       corpus: for calibration.
       command: how much of it.
 

@@ -23,11 +23,12 @@ from compress.stored import is_packed, is_product
 from experiments.audit import audit
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
-from experiments.compression_probe import by_probe, choices, probe_run
-from experiments.compression_quality import Side, quality
-from experiments.compression_timings import PROMPT, Timing, timings
+from experiments.compression.probe import by_probe, choices, probe_run
+from experiments.compression.quality import Side, quality
+from experiments.compression.timings import PROMPT, Timing, timings
+from experiments.json_files import write_json
 from experiments.machine import machine
-from experiments.run import Run, open_run, phase_at, write_json
+from experiments.runs.run import Run, open_run, phase_at
 from model.config import TransformerConfig
 from model.flops import flops_per_token
 from model.rules import path_of

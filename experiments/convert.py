@@ -22,8 +22,9 @@ from compress.lora import adapted_paths, merged
 from compress.quantize import dequantize_params
 from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
-from experiments.run import open_run, write_json
-from experiments.task_labels import labels_of, task_of, template_of
+from experiments.json_files import write_json
+from experiments.runs.run import open_run
+from experiments.tasks.labels import labels_of, task_of, template_of
 from model import huggingface, huggingface_files
 from model.config import TransformerConfig
 from model.heads import without_heads

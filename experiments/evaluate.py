@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
-from experiments.run import open_run, phase_at
+from experiments.runs.run import open_run, phase_at
 from train.corpus import Split, build_corpus
 from train.data import evaluation_batches
 from train.evaluate import evaluate

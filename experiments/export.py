@@ -27,7 +27,7 @@ from experiments.cli import run_main
 from experiments.compress import check_finite
 from experiments.convert import to_huggingface
 from experiments.folders import check_free
-from experiments.run import Run, open_run, phase_at
+from experiments.runs.run import Run, open_run, phase_at
 from model.huggingface_config import write_config
 from train.tokenizers_export import export_files
 

@@ -31,14 +31,15 @@ import jax
 
 from experiments.cli import named_pairs, parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
-from experiments.execute import execute
-from experiments.execution import Execution
-from experiments.methods import METHODS
-from experiments.run import open_run, parse_parent
-from experiments.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
-from experiments.task_data import open_task
-from experiments.task_report import describe_report, report_task
-from experiments.tasks import TASKS
+from experiments.methods.table import METHODS
+from experiments.runs.execute import execute
+from experiments.runs.execution import Execution
+from experiments.runs.names import parse_parent
+from experiments.runs.run import open_run
+from experiments.runs.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
+from experiments.tasks.data import open_task
+from experiments.tasks.report import describe_report, report_task
+from experiments.tasks.table import TASKS
 from model.config import TransformerConfig
 from model.presets import PRESETS, modern_mini
 from parallel.agreement import is_main

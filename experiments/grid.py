@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.execute import Execution, execute
+from experiments.json_files import read_json, write_json
 from experiments.machine import machine
-from experiments.run import read_json, write_json
+from experiments.runs.execute import Execution, execute
 from train.loop import LoopSettings
 from train.records import Row, plain, read_rows
 from train.settings import Settings, digest, essential

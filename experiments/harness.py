@@ -15,8 +15,9 @@ from typing import Any
 
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
+from experiments.json_files import write_json
 from experiments.lm_eval_bridge import harness_model
-from experiments.run import open_run, write_json
+from experiments.runs.run import open_run
 from train.records import plain
 
 RESAMPLES = 1000  # for the standard errors of figures that have no formula

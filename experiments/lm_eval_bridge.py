@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.run import Run
+from experiments.runs.run import Run
 from model.generate import Sampling, generate
 from model.transformer import Model, Transformer, features, head
 

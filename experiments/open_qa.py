@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.retrieval import Hits, Index, build_index, recall_at
-from experiments.run import Run, open_run
-from experiments.squad_metrics import answers_of, squad_scores
-from experiments.task_report import outputs_of
+from experiments.runs.run import Run, open_run
+from experiments.tasks.report import outputs_of
+from experiments.tasks.squad_metrics import answers_of, squad_scores
 from train.squad_files import Question, file_of, read_squad
 from train.tasks import TEST, Examples
 from train.tasks_rows import content_hash

@@ -32,9 +32,9 @@ import numpy as np
 import optax
 
 from experiments.cli import run_main
+from experiments.json_files import read_json, write_json
 from experiments.machine import machine
 from experiments.parameter_server_task import Task, TaskSettings, make_gradient, make_task
-from experiments.run import read_json, write_json
 from parallel.parameter_server_ray import Done, RemoteShard, Workers, audit, start_shards
 from parallel.parameter_server_shard import work
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
-from experiments.run import write_json
+from experiments.json_files import write_json
 from train.sources import open_source
 from train.text_quality import (
     Filter,

@@ -11,7 +11,7 @@ is, but for what does not depend on q, the divergence from the old model:
 
     E_p[-log q] = H(p) + KL(p || q)
 
-For the rows of a task see `experiments.replay_method`.
+For the rows of a task see `experiments.methods.replay`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.folders import check_free
-from experiments.run import Run, open_run, read_settings
+from experiments.runs.run import Run, open_run, read_settings
 from model.config import EncoderDecoderConfig
 from model.generate import generate
 from model.heads import without_heads

@@ -28,11 +28,11 @@ from experiments.baselines.settings import nanogpt_cpu
 from experiments.cli import run_main
 from experiments.compare import picture
 from experiments.grid import Cell, Result, read_result
+from experiments.json_files import write_json
 from experiments.ladder.child import Job, run_apart
 from experiments.ladder.search import Search, next_length
 from experiments.machine import machine
 from experiments.recipes import Size, recommended
-from experiments.run import write_json
 from experiments.shakespeare_report import Runs, curves, report, summary
 from train.loop import LoopSettings
 

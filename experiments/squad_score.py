@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.cli import run_main
-from experiments.run import read_json, write_json
-from experiments.squad_floor import floor_scores
-from experiments.squad_metrics import official, squad_scores
+from experiments.json_files import read_json, write_json
+from experiments.tasks.squad_floor import floor_scores
+from experiments.tasks.squad_metrics import official, squad_scores
 from train.squad_files import read_squad
 from train.tasks_rows import said_of
 

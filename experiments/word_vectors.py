@@ -18,10 +18,10 @@ from pathlib import Path
 
 import jax
 
-from experiments.assemble import initial_params
 from experiments.cli import parse, run_main
-from experiments.compressed import write_run
+from experiments.compression.runs import write_run
 from experiments.folders import check_free
+from experiments.runs.assemble import initial_params
 from model.config import TransformerConfig
 from model.presets import PRESETS, modern_mini
 from train.settings import Phase, Settings

@@ -75,7 +75,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Returns the arguments of `make_mesh` that a command line wrote, as in `data=2,tensor=4`.
 
     Axes that are left out are left to `make_mesh`, where `data` takes whatever is left; `data` is 1
-    where another axis is -1. A run's mesh (`experiments.layout.mesh_of`) has `data=1` wherever
+    where another axis is -1. A run's mesh (`experiments.runs.layout.mesh_of`) has `data=1` wherever
     axes are named without it, and may leave devices idle, which it says.
 
     Raises:

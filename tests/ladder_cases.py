@@ -3,13 +3,13 @@
 import json
 
 from experiments.baselines.cells import BaselineCell
+from experiments.json_files import write_json
 from experiments.ladder.child import FACTS
 from experiments.ladder.climb import BASELINES, TORCH
 from experiments.ladder.command import Ladder
 from experiments.ladder.measure import Reached
 from experiments.ladder.rows import Row
 from experiments.ladder.rungs import RUNGS
-from experiments.run import write_json
 from train.tokenizers import load_tokenizer
 
 NAMES = [*BASELINES, *(rung.name for rung in RUNGS)]

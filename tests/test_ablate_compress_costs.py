@@ -11,7 +11,7 @@ from compress.probe import time_interleaved
 from experiments.ablate import compress_costs, compress_gpt2, compress_runtimes, compress_sizes
 from experiments.ablate.random_weights import random_weights
 from experiments.ablate.tables import Request, Results
-from experiments.distill_cached import Kept
+from experiments.methods.cached_answers import Kept
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 from train.settings import Phase

@@ -32,8 +32,8 @@ from experiments.ablate.compress_recipes import (
 )
 from experiments.ablate.subjects import Subject
 from experiments.ablate.tables import Request
-from experiments.compression_quality import before_head
-from experiments.compressors import SparseGPT, Wanda
+from experiments.compression.compressors import SparseGPT, Wanda
+from experiments.compression.quality import before_head
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
 

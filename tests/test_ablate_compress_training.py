@@ -14,10 +14,10 @@ from compress.students import spread_layers
 from experiments.ablate import base, compress_distil, compress_structured, compress_training, steps
 from experiments.ablate.compress_students import KINDS, folder_of, student
 from experiments.ablate.tables import Gathered, Request, Results, complete
-from experiments.execute import Execution, execute
-from experiments.lowrank_method import LowRankKernels
+from experiments.methods.lowrank import LowRankKernels
 from experiments.recipes import Size
-from experiments.run import open_run
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import open_run
 from model.config import TransformerConfig
 from model.flops import abstract_params, block_flops, head_flops
 from model.presets import gpt2_tiny, modern_tiny

@@ -9,7 +9,7 @@ from experiments.ablate import transfer_squad as table
 from experiments.ablate.gathered import Gathered, Results
 from experiments.ablate.tables import Request, complete
 from experiments.grid import Cell
-from experiments.squad_floor import floor_scores
+from experiments.tasks.squad_floor import floor_scores
 from model.presets import modern_mini
 from tests.squad_cases import colours, write_squad
 from tests.test_run import own_cache  # noqa: F401 (fixture)

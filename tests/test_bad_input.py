@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from experiments import compare, convert, evaluate, generate, pretrain
 from experiments.cli import run_main
-from experiments.run import open_run
+from experiments.runs.run import open_run
 from model.presets import PRESETS
 from train.optimizers import OPTIMIZERS
 from train.schedules import SCHEDULES

@@ -19,10 +19,10 @@ from experiments.baselines.settings import (
     tuned,
 )
 from experiments.compare import read_curve
-from experiments.execute import Execution, execute
-from experiments.prepare import open_data
 from experiments.protocol import time_to
 from experiments.recipes import DEMO
+from experiments.runs.execute import Execution, execute
+from experiments.runs.prepare import open_data
 from model import huggingface
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer

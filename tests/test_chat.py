@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import chat
-from experiments.instruction_metrics import instruction_metrics, instruction_predictions
-from experiments.run import Run
+from experiments.runs.run import Run
+from experiments.tasks.instruction_metrics import instruction_metrics, instruction_predictions
 from model.beam import Beam
 from model.build import build_model
 from model.generate import Sampling, generate

@@ -10,8 +10,8 @@ from compress.lora import adapted_paths, merged
 from compress.lowrank_params import factorize_params
 from compress.stored import abstract_from, describe
 from experiments.compress import Compress, run_command
-from experiments.compressors import Compensated, LowRankFactors, Magnitude
-from experiments.run import open_run
+from experiments.compression.compressors import Compensated, LowRankFactors, Magnitude
+from experiments.runs.run import open_run
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 from tests.test_convert import make_run

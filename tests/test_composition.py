@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.compress_methods import EightBitState, FakeQuantize, LowPrecision, Prune, Rewire
-from experiments.distill_cached_method import DistilCached
-from experiments.distill_method import Distil
-from experiments.dp_method import DpSgd
-from experiments.execute import Execution, execute
-from experiments.lora_method import Lora
-from experiments.methods import Freeze
-from experiments.on_policy_method import OnPolicyDistil
-from experiments.prompt_methods import Prefix, Prompt
-from experiments.tuning_methods import BitFit, LayerDecay, Unfreeze
+from experiments.methods.compression import EightBitState, FakeQuantize, LowPrecision, Prune, Rewire
+from experiments.methods.distill import Distil
+from experiments.methods.distill_cached import DistilCached
+from experiments.methods.lora import Lora
+from experiments.methods.on_policy import OnPolicyDistil
+from experiments.methods.privacy import DpSgd
+from experiments.methods.prompts import Prefix, Prompt
+from experiments.methods.table import Freeze
+from experiments.methods.tuning import BitFit, LayerDecay, Unfreeze
+from experiments.runs.execute import Execution, execute
 from model.presets import modern_tiny
 from train.loop import LoopSettings
 from train.optimizers import AdamW

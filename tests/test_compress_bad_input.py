@@ -10,8 +10,8 @@ import pytest
 
 from compress import calibrate
 from experiments import compress, export
-from experiments.compressors import COMPRESSORS
-from experiments.run import open_run
+from experiments.compression.compressors import COMPRESSORS
+from experiments.runs.run import open_run
 from model.presets import gpt2_tiny, llama_tiny
 from tests.test_convert import call, make_run
 from train.checkpoints import Checkpoints

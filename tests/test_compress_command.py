@@ -17,7 +17,7 @@ from compress.students import distilgpt2_style, minitron_style
 from compress.w8a8 import W8A8
 from experiments import compress, evaluate, generate, pretrain
 from experiments.compress import Compress, calibration_windows, run_command
-from experiments.compressors import (
+from experiments.compression.compressors import (
     AWQ,
     COMPRESSORS,
     GPTQ,
@@ -31,7 +31,7 @@ from experiments.compressors import (
     Wanda,
 )
 from experiments.convert import to_huggingface
-from experiments.run import open_run
+from experiments.runs.run import open_run
 from model.presets import gpt2_tiny
 from tests.compiled import logits_of
 from tests.huggingface_cases import assert_same

@@ -10,8 +10,8 @@ import pytest
 from compress.quantize import quantize_params, weight_rules
 from compress.structured import keep_layers
 from compress.w8a8 import Activation, activation_ranges, integer_products
-from experiments.compressed import write_run
-from experiments.run import open_run
+from experiments.compression.runs import write_run
+from experiments.runs.run import open_run
 from model.presets import gpt2_tiny, modern_tiny
 from model.transformer import Transformer
 from tests.compiled import logits_of

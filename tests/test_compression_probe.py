@@ -10,7 +10,7 @@ from compress.probe import Row, Table
 from compress.quantize import is_qtensor, quantize_params, weight_rules
 from compress.stored import is_product
 from experiments.audit import audit
-from experiments.compression_probe import by_probe, choices, probe_run, products_of
+from experiments.compression.probe import by_probe, choices, probe_run, products_of
 from model.flops import abstract_params
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer

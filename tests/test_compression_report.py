@@ -12,14 +12,15 @@ import pytest
 from compress.lowrank_params import compensate_params, factorize_params
 from compress.quantize import quantize_params, weight_rules
 from compress.w8a8 import integer_products
-from experiments import compression_quality, compression_report
+from experiments import compression_report
 from experiments.audit import audit, read_program
 from experiments.compress import Compress, run_command
-from experiments.compression_quality import before_head, quality
+from experiments.compression import quality as compression_quality
+from experiments.compression.compressors import LowRankFactors, Magnitude, RoundToNearest
+from experiments.compression.quality import before_head, quality
+from experiments.compression.timings import timings
 from experiments.compression_report import report, sizes, table
-from experiments.compression_timings import timings
-from experiments.compressors import LowRankFactors, Magnitude, RoundToNearest
-from experiments.run import open_run
+from experiments.runs.run import open_run
 from model.flops import flops_per_token
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer

@@ -11,7 +11,8 @@ import pytest
 
 from experiments import convert, evaluate, generate, pretrain
 from experiments.convert import from_huggingface, to_huggingface
-from experiments.run import open_run, write_json
+from experiments.json_files import write_json
+from experiments.runs.run import open_run
 from model import huggingface
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
@@ -45,7 +46,7 @@ def tokenizers(tmp_path_factory):
 
 
 def make_run(folder, config, tokenizer, steps=(5,)):
-    """A run with redrawn parameters, as `experiments.execute` would leave it, without training."""
+    """A run with redrawn parameters, as `runs.execute` would leave it, without training."""
     folder.mkdir()
     tokenizer.save(folder / "tokenizer")
     config = type(config)(**{**vars(config), "vocabulary_size": tokenizer.vocabulary_size})

@@ -14,13 +14,13 @@ from compress.distill import forward_kl, jensen_shannon
 from compress.distill_features import hidden_cosine
 from compress.distill_maps import attention_kl, relation_kl
 from experiments.cli import parse_with_methods
-from experiments.distill_method import Distil
-from experiments.distill_teacher import Teacher
-from experiments.distill_terms import over_run
-from experiments.execute import Execution, execute
-from experiments.methods import METHODS, resolve
+from experiments.methods.distill import Distil
+from experiments.methods.distill_terms import over_run
+from experiments.methods.table import METHODS, resolve
+from experiments.methods.teacher import Teacher
 from experiments.pretrain import Pretrain
-from experiments.run import open_run
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import open_named, open_run
 from model.flops import abstract_params
 from model.presets import PRESETS, gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
@@ -85,7 +85,7 @@ def terms_and_frozen(method, student=STUDENT, steps=5):
     plugs = method.build(Setup(student, abstract_params(student), steps))
     frozen = {"teacher": params_of(method.resolved.model, 1)}
     if "distil_projection" in plugs.frozen:
-        frozen["distil_projection"] = plugs.frozen["distil_projection"].load()
+        frozen["distil_projection"] = plugs.frozen["distil_projection"].load(None)
     return plugs.terms((cross_entropy(),)), frozen
 
 
@@ -295,7 +295,7 @@ def test_a_teacher_of_other_tokens_is_refused_before_anything_is_trained(runs):
     with pytest.raises(ValueError, match="vocabulary of 257 tokens and the student one of 300"):
         execute(other, folder / "other", QUIET)
     assert not (folder / "other/settings.json").exists()
-    known = resolve(settings, None)
+    known = resolve(settings, None, open_named)
     renamed = dataclasses.replace(known.methods[0].resolved, tokenizer="another")
     method = dataclasses.replace(known.methods[0], resolved=renamed)
     with pytest.raises(ValueError, match=r"another tokenizer of the same size.*teacher/tokenizer"):
@@ -321,7 +321,7 @@ def test_settings_are_checked_and_survive_json():
         with pytest.raises(ValueError, match=message):
             Distil(**fields)
     with pytest.raises(ValueError, match="needs a teacher"):
-        Distil().resolve(None)
+        Distil().resolve(None, open_named)
     setup = Setup(STUDENT, abstract_params(STUDENT), 5)
     with pytest.raises(ValueError, match="call `resolve` first"):
         Distil(teacher="x").build(setup)

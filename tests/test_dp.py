@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.dp_method import DpSgd
-from experiments.execute import Execution, execute
-from experiments.lora_method import Lora
+from experiments.methods.lora import Lora
+from experiments.methods.privacy import DpSgd
+from experiments.runs.execute import Execution, execute
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 from train.dp import per_example

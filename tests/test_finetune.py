@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.execute import Execution, execute
 from experiments.finetune import Finetune, settings_of
-from experiments.lora_method import Lora
-from experiments.methods import Freeze
-from experiments.run import best_step, open_run
-from experiments.starts import start_run
-from experiments.task_report import report_task
+from experiments.methods.lora import Lora
+from experiments.methods.table import Freeze
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import best_step, open_run
+from experiments.runs.starts import start_run
+from experiments.tasks.report import report_task
 from model.llama2c import load
 from model.presets import gpt2_tiny, modern_mini
 from tests import test_llama2c

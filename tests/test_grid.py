@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from experiments import grid
-from experiments.execute import Execution
 from experiments.grid import Cell, read_result, run_cells
+from experiments.runs.execute import Execution
 from model.presets import gpt2_tiny
 from train.loop import LoopSettings
 from train.records import Record

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.execute import Execution, execute
 from experiments.ladder.climb import job_of
 from experiments.ladder.command import Ladder, scale_of
 from experiments.ladder.scales import CPU
-from experiments.prepare import open_data
+from experiments.runs.execute import Execution, execute
+from experiments.runs.prepare import open_data
 from model.presets import gpt2_tiny
 from train.corpus import Split
 from train.data import evaluation_batches

@@ -112,7 +112,7 @@ def test_scores_are_those_of_transformers(tmp_path, name):
 
 def test_a_folder_becomes_a_run_with_its_task_and_a_folder_again(tmp_path):
     from experiments.convert import from_huggingface, to_huggingface
-    from experiments.run import open_run
+    from experiments.runs.run import open_run
 
     config = gpt2_tiny(vocabulary_size=257)
     params = with_score(config)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.execute import Execution, execute
 from experiments.harness import Harness, describe, run_command
 from experiments.lm_eval_bridge import (
     continuation_scores,
@@ -19,7 +18,8 @@ from experiments.lm_eval_bridge import (
     text_score,
     text_windows,
 )
-from experiments.run import Run, open_run
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import Run, open_run
 from model.flops import abstract_params
 from model.generate import Sampling
 from model.presets import gpt2_tiny

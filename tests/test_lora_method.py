@@ -11,14 +11,14 @@ import pytest
 from compress.lora import adapted_paths, merged
 from compress.quantize import is_qtensor
 from experiments.adapters import Adapters, adapted_run, load_adapter, run_command, save_adapter
-from experiments.assemble import abstract_whole, assemble, initial_params
-from experiments.compress_methods import FakeQuantize
 from experiments.convert import to_huggingface
-from experiments.execute import Execution, execute
-from experiments.lora_method import Lora
-from experiments.methods import METHODS
-from experiments.prompt_methods import Prefix
-from experiments.run import open_run
+from experiments.methods.compression import FakeQuantize
+from experiments.methods.lora import Lora
+from experiments.methods.prompts import Prefix
+from experiments.methods.table import METHODS
+from experiments.runs.assemble import abstract_whole, assemble, initial_params
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import open_run
 from model.huggingface import load as load_huggingface
 from model.presets import gpt2_tiny
 from train.loop import LoopSettings

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.execute import Execution, execute
-from experiments.layout import idle, mesh_of
-from experiments.methods import Freeze
-from experiments.run import open_run
+from experiments.methods.table import Freeze
+from experiments.runs.execute import Execution, execute
+from experiments.runs.layout import idle, mesh_of
+from experiments.runs.run import open_run
 from model.presets import gpt2_tiny, modern_tiny
 from train.loop import LoopSettings
 from train.optimizers import AdamW, Muon

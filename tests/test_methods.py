@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from experiments.cli import parse_with_methods
-from experiments.execute import Execution, execute
-from experiments.methods import METHODS, Freeze
+from experiments.methods.table import METHODS, Freeze
 from experiments.pretrain import Pretrain, settings_of
-from experiments.run import open_run, read_settings
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import open_run, read_settings
 from model.flops import abstract_params
 from model.presets import PRESETS, gpt2_tiny
 from train.loop import LoopSettings

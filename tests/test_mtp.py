@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.execute import execute
-from experiments.mtp_method import MultiToken
-from experiments.run import open_run
+from experiments.methods.multi_token import MultiToken
+from experiments.runs.execute import execute
+from experiments.runs.run import open_run
 from model.flops import abstract_params
 from model.presets import modern_tiny
 from model.transformer import Transformer

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from experiments.run import open_run
-from experiments.scale_processes import (
+from experiments.runs.run import open_run
+from experiments.scale.process_runs import (
     difference,
     finish,
     free_port,

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.assemble import assemble, initial_params
 from experiments.cli import parse
 from experiments.pretrain import OPTIMIZERS as NAMED
 from experiments.pretrain import PRESETS, SCHEDULES, Pretrain, settings_of
+from experiments.runs.assemble import assemble, initial_params
 from model.config import TransformerConfig
 from model.presets import modern_tiny
 from model.rules import match_per_layer

@@ -15,7 +15,7 @@ from compress.stablehlo import PROGRAM, load_stablehlo, save_stablehlo
 from compress.w8a8 import Activation, activation_ranges, integer_products
 from experiments import export
 from experiments.export import Export, run_command, vocabulary_of
-from experiments.run import open_run
+from experiments.runs.run import open_run
 from model import huggingface
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.on_policy import (
+from experiments.methods.on_policy_batch import (
     OnPolicy,
     batch_at,
     continued,

@@ -9,10 +9,10 @@ import pytest
 
 from compress.lora import attach, init_adapters
 from compress.lowrank_params import ranks_by_path
-from experiments.execute import Execution, execute
-from experiments.on_policy import OnPolicy
-from experiments.on_policy_method import OnPolicyDistil, writing
-from experiments.run import open_run
+from experiments.methods.on_policy import OnPolicyDistil, writing
+from experiments.methods.on_policy_batch import OnPolicy
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import open_run
 from model.flops import abstract_params
 from model.generate import Sampling, generate
 from model.presets import gpt2_tiny

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.assemble import initial_params
-from experiments.compress_methods import Prune
-from experiments.execute import Execution, execute
-from experiments.layout import Division, mesh_of
-from experiments.parallel_methods import CompressedReduce, Delayed, Diloco
-from experiments.run import open_run
-from experiments.start import start_of
+from experiments.methods.compression import Prune
+from experiments.methods.parallel import CompressedReduce, Delayed, Diloco
+from experiments.runs.assemble import initial_params
+from experiments.runs.execute import Execution, execute
+from experiments.runs.layout import Division, mesh_of
+from experiments.runs.run import open_run
+from experiments.runs.start import start_of
 from model.presets import llama_tiny, modern_tiny
 from train.checkpoints import Checkpoints
 from train.loop import LoopSettings

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.execute import execute
-from experiments.feeds import text_dataset
-from experiments.phases import grown_config, parse_phases
-from experiments.prepare import open_data
-from experiments.run import open_run, phase_at
+from experiments.runs.execute import execute
+from experiments.runs.feeds import text_dataset
+from experiments.runs.phases import grown_config, parse_phases
+from experiments.runs.prepare import open_data
+from experiments.runs.run import open_run, phase_at
 from model.flops import abstract_params
 from model.grow import sources
 from model.presets import gpt2_tiny, modern_tiny

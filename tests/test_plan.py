@@ -6,8 +6,7 @@ import sys
 import jax
 import pytest
 
-from experiments.layout import Division, mesh_of
-from experiments.plan import (
+from experiments.plan.command import (
     MODELS,
     Command,
     report,
@@ -16,7 +15,7 @@ from experiments.plan import (
     settings_of,
     sizes_of,
 )
-from experiments.plan_compile import (
+from experiments.plan.compile import (
     CRASHED,
     FITS,
     REFUSED,
@@ -25,10 +24,11 @@ from experiments.plan_compile import (
     compile_elsewhere,
     topology_of,
 )
-from experiments.plan_memory import memory_of
-from experiments.plan_search import compiled, estimate, meshes, search, sums_after_loops
-from experiments.plan_step import abstract_step
-from experiments.plan_time import seconds_of, time_of
+from experiments.plan.memory import memory_of
+from experiments.plan.search import compiled, estimate, meshes, search, sums_after_loops
+from experiments.plan.step import abstract_step
+from experiments.plan.time import seconds_of, time_of
+from experiments.runs.layout import Division, mesh_of
 from model.flops import flops_per_token, parameter_count
 from model.presets import gpt2_mini, llama_tiny, modern_mini, modern_tiny
 from parallel.chips import CHIPS, GB, chip_named, group_bandwidth

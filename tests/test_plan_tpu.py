@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from experiments.layout import Division
-from experiments.parallel_methods import CompressedReduce, Delayed, Diloco
-from experiments.plan import (
+from experiments.methods.parallel import CompressedReduce, Delayed, Diloco
+from experiments.plan.command import (
     MODELS,
 )
-from experiments.plan_compile import (
+from experiments.plan.compile import (
     FITS,
     NO_MEMORY,
     Request,
     child_environment,
     compile_elsewhere,
 )
-from experiments.plan_search import estimate
+from experiments.plan.search import estimate
+from experiments.runs.layout import Division
 from model.presets import modern_tiny
 from parallel.chips import chip_named
 from parallel.mesh import AXES

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.execute import Execution, execute
-from experiments.prepare import open_data
+from experiments.methods.replay import Replay
 from experiments.replay import ROWS, main, samples, write_tokens
-from experiments.replay_method import Replay
-from experiments.run import open_run, read_settings
+from experiments.runs.execute import Execution, execute
+from experiments.runs.prepare import open_data
+from experiments.runs.run import open_run, read_settings
 from model.presets import encoder_decoder_tiny, gpt2_tiny, modern_tiny
 from model.transformer import Transformer
 from tests.test_finetune import QUIET, T, files, parent, settings_for  # noqa: F401 (fixtures)

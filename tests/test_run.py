@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.execute import Execution, execute
-from experiments.run import open_run, read_settings
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import open_run, read_settings
 from model.presets import gpt2_tiny, modern_tiny
 from train.loop import LoopSettings
 from train.optimizers import OPTIMIZERS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.ablate.tables import Request, Results
-from experiments.layout import Division
+from experiments.runs.layout import Division
 from experiments.scale import __main__ as scale
 from experiments.scale import (
     compression,

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.squad_floor import floor_scores, sliding_window
-from experiments.squad_metrics import (
+from experiments.tasks.squad_floor import floor_scores, sliding_window
+from experiments.tasks.squad_metrics import (
     answers_of,
     exact_match,
     normalized,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments.squad_metrics import squad_scores
 from experiments.squad_score import SquadScore, read_predictions, run_command
+from experiments.tasks.squad_metrics import squad_scores
 from tests.squad_cases import colours, write_squad
 from train.squad_files import read_squad
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.task_metrics import (
+from experiments.tasks.metrics import (
     calibration_error,
     class_metrics,
     class_predictions,

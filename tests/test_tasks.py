@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.assemble import assemble
-from experiments.tasks import TASKS
+from experiments.runs.assemble import assemble
+from experiments.tasks.table import TASKS
 from model.flops import abstract_params
 from model.heads import init_head, pool, without_heads
 from model.presets import modern_tiny

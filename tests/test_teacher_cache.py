@@ -16,7 +16,7 @@ from compress.teacher_targets import (
     top_k_kl,
     top_k_targets,
 )
-from experiments.distill_cached import (
+from experiments.methods.cached_answers import (
     Kept,
     cached_term,
     identity_of,

@@ -4,9 +4,9 @@ import importlib.util
 
 import pytest
 
-from experiments.layout import Division
-from experiments.plan_compile import Request, traffic_elsewhere
-from experiments.plan_step import abstract_step
+from experiments.plan.compile import Request, traffic_elsewhere
+from experiments.plan.step import abstract_step
+from experiments.runs.layout import Division
 from model.presets import llama_tiny, modern_tiny
 from parallel.mesh import make_mesh, parse_mesh
 from parallel.traffic import Collective, collectives

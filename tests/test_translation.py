@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.translation_metrics import scored, signatures, translation_metrics
-from experiments.translation_metrics import translation_predictions as predictions
+from experiments.tasks.translation_metrics import scored, signatures, translation_metrics
+from experiments.tasks.translation_metrics import translation_predictions as predictions
 from model.build import build_model
 from model.presets import encoder_decoder_tiny, modern_tiny
 from train.losses import counts_of, loss_function

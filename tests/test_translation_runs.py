@@ -11,11 +11,11 @@ import pytest
 
 from compress.quantize import quantize_params
 from experiments import chat
-from experiments.execute import execute
-from experiments.execution import Execution
-from experiments.lora_method import Lora
-from experiments.run import open_run
-from experiments.task_report import report_task
+from experiments.methods.lora import Lora
+from experiments.runs.execute import execute
+from experiments.runs.execution import Execution
+from experiments.runs.run import open_run
+from experiments.tasks.report import report_task
 from model.build import build_model
 from model.generate import Sampling
 from model.presets import encoder_decoder_tiny, modern_tiny

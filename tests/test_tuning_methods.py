@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.assemble import assemble, initial_params
-from experiments.dp_method import DpSgd
-from experiments.execute import Execution, execute
-from experiments.lora_method import Lora
-from experiments.prompt_methods import Prefix, Prompt
-from experiments.run import open_run
-from experiments.tuning_methods import BitFit, LayerDecay, Unfreeze
+from experiments.methods.lora import Lora
+from experiments.methods.privacy import DpSgd
+from experiments.methods.prompts import Prefix, Prompt
+from experiments.methods.tuning import BitFit, LayerDecay, Unfreeze
+from experiments.runs.assemble import assemble, initial_params
+from experiments.runs.execute import Execution, execute
+from experiments.runs.run import open_run
 from model.config import TransformerConfig
 from model.generate import Sampling, generate
 from model.presets import encoder_decoder_tiny, gpt2_tiny, modern_tiny

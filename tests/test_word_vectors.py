@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.assemble import initial_params
-from experiments.execute import execute
 from experiments.finetune import Finetune, settings_of
+from experiments.json_files import read_json
 from experiments.pretrain import Pretrain
 from experiments.pretrain import settings_of as pretrain_settings
-from experiments.run import open_run, read_json
+from experiments.runs.assemble import initial_params
+from experiments.runs.execute import execute
+from experiments.runs.run import open_run
 from experiments.word_vectors import WordVectors, run_command
 from model.presets import encoder_decoder_tiny, modern_tiny
 from tests.test_run import own_cache  # noqa: F401 (fixture)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 
-from experiments.plan_compile import topology_of
+from experiments.plan.compile import topology_of
 from model.attention import Visibility
 from model.block import Block
 from model.presets import modern_tiny

@@ -4,7 +4,7 @@
     combine(all of them) -> Plugs           what the step is made of
 
 Settings of a method are a frozen dataclass with a `name`, so that they go through JSON like those
-of an optimizer (`train.settings`). Which methods there are is for `experiments.methods` to say.
+of an optimizer (`train.settings`). Which methods there are is for `experiments/methods` to say.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from train.plugs import (
     merge,
 )
 from train.step import Step
+
+OpenRun = Callable[[str], Any]
+"""A run by its name, "RUN" or "RUN@STEP": what methods learn from other runs, they are handed."""
 
 
 class Setup(NamedTuple):
@@ -77,6 +80,7 @@ class Reading(NamedTuple):
       dataset: phase -> what has the batch of step number n of the run under n.
       windows: every window of the training data once, in batches.
       out: folder of the run.
+      open_run: opens another.
     """
 
     settings: Any
@@ -84,6 +88,7 @@ class Reading(NamedTuple):
     dataset: Callable[[Any], Any]
     windows: Callable[[], Any]
     out: Any
+    open_run: OpenRun
 
 
 class FrozenTree(NamedTuple):
@@ -91,11 +96,11 @@ class FrozenTree(NamedTuple):
 
     Attributes:
       abstract: `jax.ShapeDtypeStruct` leaves, so that a resumed run reads its own copy.
-      load: called once, at the start of the run.
+      load: called once, at the start of the run, with what opens another.
     """
 
     abstract: PyTree
-    load: Callable[[], PyTree]
+    load: Callable[[OpenRun], PyTree]
 
 
 def everything_trains(params: PyTree) -> tuple[PyTree, PyTree]:

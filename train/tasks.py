@@ -11,7 +11,7 @@ Settings of a task are a frozen dataclass with a `name`, an identity field of a 
 optimizer: the task replaces the data, the loss and the evaluation, a run has at most one, and it
 comes after all methods, which see the model without its head. So a rule that freezes everything
 leaves the head to train, and so does low-rank adaptation. Which tasks there are, and their metrics,
-is for `experiments.tasks` to say.
+is for `experiments.tasks.table` to say.
 
 Shapes: N examples, B rows of a batch, T time.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.grid import Cell
 from experiments.recipes import Size, recommended
-from experiments.run import Run, open_run
+from experiments.runs.run import Run, open_run
 from train.loop import LoopSettings
 from train.optimizers import Muon
 

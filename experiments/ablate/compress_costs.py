@@ -16,8 +16,8 @@ from compress.teacher_cache import write_teacher_cache
 from experiments.ablate.compress_students import BATCH, half_of
 from experiments.ablate.random_weights import random_weights
 from experiments.ablate.steps import known, step_times
-from experiments.distill_cached import Kept, answers, with_targets
-from experiments.run import open_run
+from experiments.methods.cached_answers import Kept, answers, with_targets
+from experiments.runs.run import open_run
 from model.config import TransformerConfig
 from model.transformer import Transformer
 from train.settings import Phase, Settings

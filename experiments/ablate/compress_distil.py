@@ -23,8 +23,8 @@ from experiments.ablate.compress_students import folder_of, student
 from experiments.ablate.margins import Claim, claims, margin
 from experiments.ablate.markdown import grid, spread
 from experiments.ablate.tables import Item, Request, Results, Table
-from experiments.distill_method import Distil
 from experiments.grid import Cell
+from experiments.methods.distill import Distil
 from experiments.recipes import Size, recommended
 from train.loop import LoopSettings
 from train.optimizers import Muon

@@ -22,7 +22,7 @@ from typing import Any
 from experiments.ablate.markdown import grid
 from experiments.ablate.random_weights import fields_of, random_weights
 from experiments.ablate.tables import Item, Request, Results, Table
-from experiments.compressors import COMPRESSORS
+from experiments.compression.compressors import COMPRESSORS
 from experiments.grid import Measurement
 from model.config import TransformerConfig, config_from_dict
 from model.presets import gpt2
@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "SparseGPT 2:4 and q4_0": ("sparsegpt", {"pattern": "2:4", "format": "q4_0"}),
     "half of layers and neurons": ("structured", {"layers": 6, "neurons": 1536}),
 }
-"""Row -> (key of `experiments.compressors.COMPRESSORS`, its fields)."""
+"""Row -> (key of `experiments.compression.compressors.COMPRESSORS`, its fields)."""
 
 
 def model_shape() -> TransformerConfig:

@@ -17,7 +17,7 @@ from experiments.ablate.margins import Claim, claims
 from experiments.ablate.markdown import grid, spread
 from experiments.ablate.subjects import base_settings, stories_settings
 from experiments.ablate.tables import Request, Results, Table
-from experiments.compressors import Magnitude, SparseGPT, Wanda
+from experiments.compression.compressors import Magnitude, SparseGPT, Wanda
 from experiments.grid import Measurement
 
 FOUR_BITS = rounded("rtn", "q4_0", BLOCKS)

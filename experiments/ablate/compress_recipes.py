@@ -20,7 +20,13 @@ from compress.gptq import gptq_params
 from compress.quantize import contraction_axis, dequantize_params, quantize_params, report
 from experiments.ablate.subjects import judge, needs_of, open_subject
 from experiments.ablate.tables import Request
-from experiments.compressors import Compressor, Magnitude, SparseGPT, Wanda, settings_to_json
+from experiments.compression.compressors import (
+    Compressor,
+    Magnitude,
+    SparseGPT,
+    Wanda,
+    settings_to_json,
+)
 from experiments.grid import Measurement
 from model.config import TransformerConfig
 from model.rules import leaf_paths, match

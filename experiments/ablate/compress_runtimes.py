@@ -28,7 +28,7 @@ from experiments.ablate.markdown import grid
 from experiments.ablate.random_weights import fields_of, random_weights
 from experiments.ablate.ratios import paired
 from experiments.ablate.tables import Item, Request, Results, Table
-from experiments.compression_timings import prefill
+from experiments.compression.timings import prefill
 from experiments.grid import Measurement
 from model.config import TransformerConfig, config_from_dict
 from model.presets import gpt2

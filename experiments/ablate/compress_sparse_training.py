@@ -16,8 +16,8 @@ from experiments.ablate import base
 from experiments.ablate.margins import Claim, claims
 from experiments.ablate.markdown import grid, spread
 from experiments.ablate.tables import Request, Results, Table
-from experiments.compress_methods import Prune, Rewire
 from experiments.grid import Cell
+from experiments.methods.compression import Prune, Rewire
 from experiments.recipes import recommended
 from train.optimizers import Muon
 

@@ -26,9 +26,9 @@ from experiments.ablate.markdown import grid, spread
 from experiments.ablate.random_weights import fields_of, random_weights
 from experiments.ablate.ratios import paired
 from experiments.ablate.tables import Item, Request, Results, Table
-from experiments.compression_timings import decode, prefill
-from experiments.distill_method import Distil
+from experiments.compression.timings import decode, prefill
 from experiments.grid import Cell, Measurement
+from experiments.methods.distill import Distil
 from experiments.recipes import Size, recommended
 from model.config import TransformerConfig, config_from_dict
 from model.flops import block_flops, head_flops

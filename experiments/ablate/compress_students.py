@@ -9,11 +9,11 @@ from typing import Any
 
 from compress.students import distilgpt2_style
 from experiments.compress import calibration_windows
-from experiments.compressed import write_run
-from experiments.compression_quality import quality
-from experiments.compressors import Structured
+from experiments.compression.compressors import Structured
+from experiments.compression.quality import quality
+from experiments.compression.runs import write_run
 from experiments.grid import Cell, Measurement
-from experiments.run import Run, open_run
+from experiments.runs.run import Run, open_run
 from model.config import TransformerConfig
 from model.flops import parameter_count
 from train.corpus import build_corpus

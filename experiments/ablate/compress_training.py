@@ -22,11 +22,11 @@ from experiments.ablate.compress_costs import costs
 from experiments.ablate.compress_students import WINDOWS, folder_of, student
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Item, Request, Results, Table
-from experiments.compress_methods import LowPrecision, Rewire
-from experiments.distill_cached_method import DistilCached
-from experiments.distill_method import Distil
 from experiments.grid import Cell, Measurement
-from experiments.lowrank_method import LowRankKernels
+from experiments.methods.compression import LowPrecision, Rewire
+from experiments.methods.distill import Distil
+from experiments.methods.distill_cached import DistilCached
+from experiments.methods.lowrank import LowRankKernels
 from experiments.recipes import DEMO, recommended
 from train.loop import LoopSettings
 from train.optimizers import Muon

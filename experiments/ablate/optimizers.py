@@ -31,8 +31,8 @@ from experiments.ablate.compress_training import crossing
 from experiments.ablate.markdown import grid, spread
 from experiments.ablate.steps import step_times
 from experiments.ablate.tables import Item, Request, Results, Table
-from experiments.execute import Execution
 from experiments.grid import Cell, Measurement, read_result, run_cells
+from experiments.runs.execute import Execution
 from model.flops import abstract_params
 from model.presets import modern_mini
 from train.loop import LoopSettings

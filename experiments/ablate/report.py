@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.ablate.gathered import Gathered
 from experiments.ablate.tables import Request, Table
-from experiments.run import read_json, write_json, write_text
+from experiments.json_files import read_json, write_json, write_text
 
 
 def read(path: Path) -> Gathered:

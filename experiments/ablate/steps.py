@@ -15,7 +15,10 @@ from compress.probe import time_interleaved
 from compress.teacher_targets import top_k_targets
 from experiments.ablate.random_weights import like
 from experiments.ablate.ratios import paired
-from experiments.assemble import (
+from experiments.methods.cached_answers import PREFIX
+from experiments.methods.distill import Distil, Teacher
+from experiments.methods.distill_cached import DistilCached, Resolved
+from experiments.runs.assemble import (
     Parts,
     abstract_frozen,
     abstract_state,
@@ -23,9 +26,6 @@ from experiments.assemble import (
     first_state,
     initial_params,
 )
-from experiments.distill_cached import PREFIX
-from experiments.distill_cached_method import DistilCached, Resolved
-from experiments.distill_method import Distil, Teacher
 from model.build import build_model
 from model.config import TransformerConfig
 from train.plugs import whole

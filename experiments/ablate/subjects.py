@@ -19,7 +19,7 @@ import numpy as np
 from experiments.ablate.base import base_cell, open_base
 from experiments.ablate.tables import Request
 from experiments.compress import calibration_windows
-from experiments.compression_quality import before_head, quality
+from experiments.compression.quality import before_head, quality
 from experiments.grid import Cell
 from model.generate import generate
 from model.llama2c import load

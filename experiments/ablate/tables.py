@@ -16,7 +16,6 @@ from rich.console import Console
 
 from experiments.ablate.gathered import Gathered, Item, Results, seed_of
 from experiments.attempts import Failures
-from experiments.execute import Execution
 from experiments.grid import (
     Measurement,
     read_measured,
@@ -24,8 +23,9 @@ from experiments.grid import (
     run_cells,
     run_measurements,
 )
+from experiments.json_files import read_json, write_json
 from experiments.machine import machine
-from experiments.run import read_json, write_json
+from experiments.runs.execute import Execution
 from train.tasks import TaskFiles
 
 

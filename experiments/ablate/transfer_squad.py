@@ -8,8 +8,8 @@ questions of a paragraph, then the paragraph) and the standard library's source.
 on the validation articles is measured once on the test articles.
 
 The floor is the sliding window of Richardson et al. 2013 on the same test articles
-(`experiments.squad_floor`), 13.2 EM and 20.2 F1 on the whole development set in Rajpurkar et al.
-2016, arXiv:1606.05250. Exact match and F1 are in percent.
+(`experiments.tasks.squad_floor`), 13.2 EM and 20.2 F1 on the whole development set in Rajpurkar et
+al. 2016, arXiv:1606.05250. Exact match and F1 are in percent.
 
 Data: one file of SQuAD, such as `dev-v1.1.json` or its `.zip`: 48 articles with 10,570 questions.
 """
@@ -31,8 +31,8 @@ from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.ablate.transfer_sst2_report import steps_to
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
-from experiments.squad_floor import LONGEST, floor_scores
-from experiments.task_report import report_task
+from experiments.tasks.report import report_task
+from experiments.tasks.squad_floor import LONGEST, floor_scores
 from model.config import TransformerConfig
 from model.presets import modern_mini
 from train.loop import LoopSettings
@@ -145,7 +145,7 @@ def tested(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Measures the best checkpoint of a run, once, on the test articles.
 
     Returns:
-      Figures of `experiments.task_report`, and `curve`: what each evaluation found.
+      Figures of `experiments.tasks.report`, and `curve`: what each evaluation found.
     """
     folder = cells / settings["run"]
     curve = [

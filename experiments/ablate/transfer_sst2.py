@@ -27,10 +27,10 @@ from experiments.ablate.steps import memory_of_step, step_times
 from experiments.ablate.tables import Item, Request
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
-from experiments.lora_method import Lora
-from experiments.methods import Freeze
-from experiments.run import config_for, open_run
-from experiments.task_report import report_task
+from experiments.methods.lora import Lora
+from experiments.methods.table import Freeze
+from experiments.runs.run import config_for, open_run
+from experiments.tasks.report import report_task
 from model.config import TransformerConfig
 from model.presets import modern_mini
 from train.loop import LoopSettings
@@ -232,7 +232,7 @@ def measure_test(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Measures the best checkpoint of a run, once, on the test split.
 
     Returns:
-      Figures of `experiments.task_report`, and `curve`: (step, validation accuracy) of each
+      Figures of `experiments.tasks.report`, and `curve`: (step, validation accuracy) of each
       evaluation.
     """
     folder = cells / settings["run"]

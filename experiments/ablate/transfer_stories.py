@@ -29,12 +29,12 @@ from experiments.ablate.subjects import STORIES_FILES, STORIES_START
 from experiments.ablate.tables import Item, Request
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
-from experiments.lora_method import Lora
-from experiments.phases import grown_config
+from experiments.methods.lora import Lora
 from experiments.replay import samples, write_tokens
-from experiments.run import Run, open_run
-from experiments.starts import from_llama2c
-from experiments.task_report import sizes
+from experiments.runs.phases import grown_config
+from experiments.runs.run import Run, open_run
+from experiments.runs.starts import from_llama2c
+from experiments.tasks.report import sizes
 from model.build import build_model
 from model.config import TransformerConfig
 from model.grow import grow

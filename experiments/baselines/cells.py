@@ -20,8 +20,9 @@ import numpy as np
 from experiments.baselines.learner import make_learner
 from experiments.baselines.settings import TorchBaseline, baseline_to_json
 from experiments.grid import Cell, Result, read_result, without_folders
-from experiments.prepare import Corpora, check_lengths, describe, open_data
-from experiments.run import config_for, read_json, write_json
+from experiments.json_files import read_json, write_json
+from experiments.runs.prepare import Corpora, check_lengths, describe, open_data
+from experiments.runs.run import config_for
 from model.flops import flops_per_token
 from train.data import Batch, evaluation_batches, prefetched
 from train.data import batches as batch_dataset

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.assemble import initial_params
 from experiments.baselines.settings import TorchBaseline
+from experiments.runs.assemble import initial_params
 from model import huggingface
 from model.config import TransformerConfig
 from model.huggingface_config import write_config

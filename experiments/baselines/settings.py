@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from experiments.methods import METHODS
+from experiments.methods.table import METHODS
 from experiments.recipes import Size
 from experiments.recipes import baseline as recipe_of_the_mission
 from model.config import TransformerConfig
@@ -28,7 +28,7 @@ class TorchBaseline:
     """A run of Hugging Face's `GPT2LMHeadModel` in torch.
 
     Data, order of the batches, model, optimizer, schedule and evaluation are those of `settings`:
-    `experiments.execute` and `run_baseline` train the same thing from them.
+    `experiments.runs.execute` and `run_baseline` train the same thing from them.
 
     Attributes:
       settings: of one phase; model of GPT-2's layout, optimizer Adam or AdamW.

@@ -35,7 +35,7 @@ from experiments.bench.tokenise import tokenise_table
 from experiments.bench.train_step import train_table
 from experiments.cli import run_main
 from experiments.grid import Measured, Measurement, read_measured, run_measurements
-from experiments.run import write_json
+from experiments.json_files import write_json
 
 TABLES: dict[str, Callable[[], Table]] = {
     "train-3m": lambda: train_table("3m"),

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.assemble import initial_params
 from experiments.bench.alone import device_alone
 from experiments.bench.child import Subject, peak_bytes
 from experiments.bench.clock import REPEATS, seconds_of
 from experiments.bench.kernels import float32_products, kernel_seconds, kernels
 from experiments.bench.shapes import Shape, batches_of, settings_of, shape_from_json
 from experiments.compilation import compiler_options, use_compilation_cache
+from experiments.runs.assemble import initial_params
 from model import lookup
 from model.attention import Form, dot_product_attention
 from model.flops import flops_per_token

@@ -78,7 +78,7 @@ def subject(settings: Mapping[str, Any]) -> Subject:
     """Answers "point" (steps, largest)."""
     import jax
 
-    from experiments.assemble import initial_params
+    from experiments.runs.assemble import initial_params
     from model.transformer import Transformer
     from train.losses import cross_entropy
     from train.optimizers import build

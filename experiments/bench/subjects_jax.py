@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.assemble import initial_params
 from experiments.bench.child import Subject, peak_bytes
 from experiments.bench.shapes import batches_of, prompts_of, settings_of, shape_from_json
 from experiments.compilation import compiler_options, use_compilation_cache
+from experiments.runs.assemble import initial_params
 from model.flops import flops_per_token, parameter_count
 from model.generate import Sampling, generate
 from model.transformer import Transformer

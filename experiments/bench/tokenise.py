@@ -38,7 +38,7 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the sides did not write the same number of tokens.
     """
-    from experiments.prepare import open_data
+    from experiments.runs.prepare import open_data
 
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "run"

@@ -20,11 +20,11 @@ from experiments.baselines.cells import BaselineCell, run_baselines
 from experiments.baselines.settings import baseline_from_json, baseline_to_json
 from experiments.bench.child import peak_bytes as host_peak
 from experiments.cli import run_main
-from experiments.execute import Execution
 from experiments.grid import Cell, run_cells
+from experiments.json_files import read_json, write_json
 from experiments.machine import machine
-from experiments.methods import METHODS
-from experiments.run import read_json, write_json
+from experiments.methods.table import METHODS
+from experiments.runs.execute import Execution
 from train.loop import LoopSettings
 from train.settings import from_json, to_json
 

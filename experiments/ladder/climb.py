@@ -20,13 +20,13 @@ from experiments.ablate.gathered import Gathered
 from experiments.baselines.cells import BaselineCell, read_baseline
 from experiments.baselines.settings import TorchBaseline
 from experiments.grid import Cell, Measurement, read_result
+from experiments.json_files import read_json
 from experiments.ladder.child import FACTS, Job, run_apart
 from experiments.ladder.measure import last_bits, points_of
 from experiments.ladder.recipe import Recipe
 from experiments.ladder.rungs import RUNGS, below, first_recipe, recipe_of
 from experiments.ladder.scales import Scale
 from experiments.ladder.search import next_length
-from experiments.run import read_json
 from train.loop import LoopSettings
 from train.settings import digest, essential
 

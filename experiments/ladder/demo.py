@@ -14,12 +14,13 @@ from typing import Any
 import jax
 
 from experiments.compare import Curve, picture
-from experiments.execute import Execution
 from experiments.grid import Cell, Result, run_cells
+from experiments.json_files import write_json
 from experiments.machine import machine
 from experiments.protocol import Time, table, time_to
 from experiments.recipes import DEMO, baseline, recommended
-from experiments.run import open_run, write_json
+from experiments.runs.execute import Execution
+from experiments.runs.run import open_run
 from model.flops import parameter_count
 from model.generate import Sampling, generate
 from train.loop import LoopSettings

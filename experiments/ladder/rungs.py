@@ -14,7 +14,7 @@ from typing import Any
 from experiments.ladder.formats import formats
 from experiments.ladder.recipe import Ramp, Recipe
 from experiments.ladder.scales import Choices, Scale
-from experiments.mtp_method import MultiToken
+from experiments.methods.multi_token import MultiToken
 from model.presets import modern
 from train.optimizers import Adam
 from train.schedules import Constant, Linear

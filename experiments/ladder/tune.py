@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments.ablate.markdown import grid
 from experiments.ablate.report import read
 from experiments.attempts import Failures
+from experiments.json_files import write_text
 from experiments.ladder.climb import Site, scale_named
 from experiments.ladder.measure import last_bits
 from experiments.ladder.scales import Scale
@@ -25,7 +26,6 @@ from experiments.ladder.trials import (
     trial_job,
     tuned_on,
 )
-from experiments.run import write_text
 
 
 def run_tuning(site: Site, names: Sequence[str], path: Path, failures: Failures) -> list[Path]:

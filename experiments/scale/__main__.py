@@ -147,7 +147,7 @@ def give_devices() -> None:
 
     XLA:CPU runs independent collectives of one program at the same time, and each waits in a thread
     of one pool, which is made large. That is no cure: with it too a step hung whose conditional
-    spoke beside other collectives (see `experiments.parallel_methods.Diloco`), devices waiting for
+    spoke beside other collectives (see `experiments.methods.parallel.Diloco`), devices waiting for
     each other in different ones. A program must order them by what depends on what.
     """
     os.environ.setdefault("NPROC", str(THREADS))

@@ -19,10 +19,10 @@ import numpy as np
 from experiments.ablate.margins import margin
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
-from experiments.assemble import abstract_whole
 from experiments.grid import Measurement
-from experiments.layout import mesh_of
-from experiments.parallel_methods import CompressedReduce
+from experiments.methods.parallel import CompressedReduce
+from experiments.runs.assemble import abstract_whole
+from experiments.runs.layout import mesh_of
 from experiments.scale.training import SIZE, STEPS, VOCABULARY, settings_of, trained
 from parallel.per_worker import per_worker
 from parallel.traffic import collectives

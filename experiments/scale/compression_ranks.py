@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
-from experiments.parallel_methods import CompressedReduce
+from experiments.methods.parallel import CompressedReduce
 from experiments.scale.compression import TRAINED_ON, shapes_of_runs
 from experiments.scale.training import STEPS, settings_of, trained
 from train.optimizers import AdamW

@@ -21,9 +21,9 @@ import optax
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
-from experiments.layout import Division, mesh_of, model_of
-from experiments.parallel_methods import CompressedReduce, Delayed, Diloco
-from experiments.plan_memory import memory_of
+from experiments.methods.parallel import CompressedReduce, Delayed, Diloco
+from experiments.plan.memory import memory_of
+from experiments.runs.layout import Division, mesh_of, model_of
 from experiments.scale.program import Program, batch_of, first, program, settings_for
 from model.attention import Visibility
 from model.block import Block

@@ -16,8 +16,8 @@ import numpy as np
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
-from experiments.layout import mesh_of
-from experiments.parallel_methods import Diloco
+from experiments.methods.parallel import Diloco
+from experiments.runs.layout import mesh_of
 from experiments.scale.compression import model_of_runs, shapes_of_runs, zeros_like
 from experiments.scale.training import SIZE, STEPS, settings_of, trained
 from parallel.local_sgd import bytes_per_token, init_local, nesterov, outer_step, shardings

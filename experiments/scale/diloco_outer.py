@@ -12,7 +12,7 @@ import numpy as np
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
-from experiments.parallel_methods import Diloco
+from experiments.methods.parallel import Diloco
 from experiments.scale.training import STEPS, settings_of, trained
 
 EVERY, WORKERS, SEED = 50, 4, 1000

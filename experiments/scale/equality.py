@@ -19,7 +19,7 @@ import optax
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
-from experiments.layout import Division
+from experiments.runs.layout import Division
 from experiments.scale.program import program, settings_for, small_model, steps_of
 from model.rules import leaf_paths
 from train.plugs import PyTree

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
-from experiments.layout import mesh_of, of_state
+from experiments.runs.layout import mesh_of, of_state
 from experiments.scale.program import first, program, settings_for
 from model.attention import Attention, Visibility, dot_product_attention
 from model.presets import preset

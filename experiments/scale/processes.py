@@ -1,6 +1,6 @@
 """Several processes against one: the same training whichever way four devices are divided.
 
-What runs is `experiments.scale_processes`, which starts real processes of the training command.
+What runs is `experiments.scale.process_runs`, which starts real processes of the training command.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import scale_processes
 from experiments.ablate.markdown import grid
 from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
+from experiments.scale import process_runs
 
 NAME = "processes"
 
 
 def cells(request: Request) -> list[Measurement]:
     """All launches as one measurement: they compare with each other."""
-    settings = {"table": NAME, "steps": scale_processes.STEPS}
-    settings["layouts"] = [list(layout) for layout in scale_processes.LAYOUTS]
+    settings = {"table": NAME, "steps": process_runs.STEPS}
+    settings["layouts"] = [list(layout) for layout in process_runs.LAYOUTS]
     return [Measurement(NAME, settings, functools.partial(measure, request.cells))]
 
 
 def measure(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Launches everything."""
-    return {"rows": scale_processes.table(folder / NAME)}
+    return {"rows": process_runs.table(folder / NAME)}
 
 
 def render(results: Results) -> list[str]:

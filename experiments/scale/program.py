@@ -1,4 +1,4 @@
-"""The step of a run on a mesh, made of the parts that `experiments.execute` makes it of.
+"""The step of a run on a mesh, made of the parts that `experiments.runs.execute` makes it of.
 
 What tables look at is a compiled program, or a few steps of it; neither needs a run's folder, its
 data or its record.
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.assemble import Parts, abstract_state, assemble, first_state, initial_params
-from experiments.layout import (
+from experiments.runs.assemble import Parts, abstract_state, assemble, first_state, initial_params
+from experiments.runs.layout import (
     Division,
     Layout,
     everywhere,
@@ -100,7 +100,7 @@ def program(settings: Settings, mesh: str, division: Division = Division()) -> P
       division: strategies and the pipeline's passes.
 
     Raises:
-      ValueError: as `experiments.layout.lay_out`.
+      ValueError: as `experiments.runs.layout.lay_out`.
     """
     phase, on = settings.phases[0], mesh_of(mesh)
     with jax.set_mesh(on):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ablate.tables import Request
-from experiments.execute import Execution
 from experiments.grid import Cell, Measurement, run_cells
 from experiments.recipes import DEMO, recommended
+from experiments.runs.execute import Execution
 from train.loop import LoopSettings
 from train.settings import Settings
 

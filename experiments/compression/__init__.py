@@ -1,0 +1,1 @@
+"""Compression after training: what there is, and what it costs and brings."""

@@ -1,0 +1,1 @@
+"""Plans a training run for a machine that is not here."""

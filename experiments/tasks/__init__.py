@@ -1,0 +1,1 @@
+"""Tasks: their data, their metrics and reports, and the table of them."""

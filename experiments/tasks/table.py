@@ -1,0 +1,58 @@
+"""The tasks that a run may be given, by name, and what is reported of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.tasks.instruction_metrics import instruction_metrics, instruction_predictions
+from experiments.tasks.metrics import (
+    class_metrics,
+    class_predictions,
+    number_metrics,
+    number_predictions,
+)
+from experiments.tasks.squad_metrics import official, span_metrics, span_predictions
+from experiments.tasks.translation_metrics import (
+    translation_metrics,
+    translation_notes,
+    translation_predictions,
+)
+from train.tasks import Examples
+from train.tasks_chat import Instructions
+from train.tasks_classification import Classification, Regression
+from train.tasks_squad import Squad
+from train.tasks_translation import Translation
+from train.tokenizers import Tokenizer
+
+Outputs = Mapping[str, np.ndarray]
+
+
+class Report(NamedTuple):
+    """What is made of the outputs of a task.
+
+    Attributes:
+      metrics: (task, examples, outputs, tokenizer) -> figures, "loss" among them.
+      predictions: the same -> what is written of each row, with its inputs, as JSON values.
+      notes: task -> what stands beside the figures, such as how they were counted.
+      whole: predictions of a split -> what others read them as, one JSON value; or None.
+    """
+
+    metrics: Callable[[Any, Examples, Outputs, Tokenizer], dict[str, float]]
+    predictions: Callable[[Any, Examples, Outputs, Tokenizer], Iterator[dict[str, Any]]]
+    notes: Callable[[Any], dict[str, str]] = lambda task: {}
+    whole: Callable[[Iterable[dict[str, Any]]], Any] | None = None
+
+
+TASKS: dict[str, type[Any]] = {
+    task.name: task for task in (Classification, Regression, Squad, Translation, Instructions)
+}
+REPORTS: dict[str, Report] = {
+    Classification.name: Report(class_metrics, class_predictions),
+    Regression.name: Report(number_metrics, number_predictions),
+    Squad.name: Report(span_metrics, span_predictions, whole=official),
+    Translation.name: Report(translation_metrics, translation_predictions, translation_notes),
+    Instructions.name: Report(instruction_metrics, instruction_predictions),
+}
