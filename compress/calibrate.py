@@ -32,7 +32,7 @@ from compress.observed import (
     run_layer,
     statistics_of,
 )
-from compress.quantize import MATRICES
+from compress.quantization.quantize import MATRICES
 from model.block import norm
 from model.rules import STACK, leaf_paths, path_of
 from model.transformer import Transformer

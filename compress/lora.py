@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from compress.lowrank import HIGHEST, LowRank, Sum, plain_array
-from compress.quantize import contraction_axis
+from compress.quantization.quantize import contraction_axis
 from model.linear import at_least_float32
 from model.rules import leaf_paths
 
@@ -164,7 +164,7 @@ def init_adapters(
 
     Of the two factors that on the side of the inputs is drawn, N(0, 1 / I), so that what passes
     through it keeps its size, and the other is zero. A table [rows, width] has its inputs along the
-    width, as `compress.quantize.contraction_axis` has it.
+    width, as `compress.quantization.quantize.contraction_axis` has it.
 
     Args:
       key: of the draws; each path folds its own name in, so that the choice of paths changes

@@ -266,7 +266,7 @@ def compensate(
     Raises:
       ValueError: as `factorize`, or shapes that differ.
 
-    >>> from compress.rounding import quantize
+    >>> from compress.quantization.rounding import quantize
     >>> w = jax.random.normal(jax.random.key(0), (32, 8))
     >>> base = quantize(w, "int3")
     >>> before = jnp.square(w - base.dequantize()).sum()

@@ -17,7 +17,7 @@ import jax
 from compress.calibrate import check_finite, sequential
 from compress.lowrank import LowRank, Sum, compensate, factorize, is_weight
 from compress.observed import ByPath
-from compress.quantize import contraction_axis
+from compress.quantization.quantize import contraction_axis
 from model.rules import STACK, Rules, is_stacked, leaf_paths, match, path_of
 from model.transformer import Transformer
 

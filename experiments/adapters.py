@@ -26,9 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress.export.native import flat
 from compress.lora import attach, merged
-from compress.native import flat
-from compress.quantize import dequantize_params, is_qtensor, quantize_params, weight_rules
+from compress.quantization.quantize import (
+    dequantize_params,
+    is_qtensor,
+    quantize_params,
+    weight_rules,
+)
 from experiments.cli import run_main
 from experiments.compression.runs import write_run
 from experiments.folders import check_free, made_at_once

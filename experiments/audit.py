@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from compress.stored import is_packed
+from compress.export.stored import is_packed
 from model.transformer import Transformer
 
 PyTree = Any

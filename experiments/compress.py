@@ -23,8 +23,8 @@ import jax
 import numpy as np
 
 from compress.calibrate import not_finite, windows
+from compress.export.stored import is_packed
 from compress.lora import merged
-from compress.stored import is_packed
 from experiments.cli import parse, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.compression.compressors import COMPRESSORS, settings_to_json

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress.export.stored import is_packed, is_product
 from compress.lowrank import LowRank, Sum, is_weight
-from compress.quantize import dequantize_params
-from compress.stored import is_packed, is_product
+from compress.quantization.quantize import dequantize_params
 from experiments.audit import audit
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache

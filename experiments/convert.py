@@ -19,7 +19,7 @@ import jax
 import optax
 
 from compress.lora import adapted_paths, merged
-from compress.quantize import dequantize_params
+from compress.quantization.quantize import dequantize_params
 from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
 from experiments.json_files import write_json

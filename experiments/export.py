@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from compress.gguf import Vocabulary, write_gguf
-from compress.native import save_native
-from compress.onnx import HOLD_ANY, write_onnx
-from compress.stablehlo import save_stablehlo
+from compress.export.gguf import Vocabulary, write_gguf
+from compress.export.native import save_native
+from compress.export.onnx import HOLD_ANY, write_onnx
+from compress.export.stablehlo import save_stablehlo
 from experiments.cli import run_main
 from experiments.compress import check_finite
 from experiments.convert import to_huggingface

@@ -11,7 +11,7 @@ from typing import Literal
 
 import jax
 
-from compress.kv_cache import CACHES
+from compress.quantization.kv_cache import CACHES
 from experiments.adapters import adapted_run
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache

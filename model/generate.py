@@ -132,7 +132,7 @@ def generate(
       sampling: how tokens are drawn.
       stop_tokens: ids that end a row.
       slots: size of the cache, `config.max_length` by default.
-      cache: makes the empty cache; one in 8 bits is `compress.kv_cache.int8_cache`.
+      cache: makes the empty cache; one in 8 bits is `compress.quantization.kv_cache.int8_cache`.
 
     Raises:
       ValueError: if a prompt is empty, holds an id outside the vocabulary, or leaves no room for

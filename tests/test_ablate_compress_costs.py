@@ -7,7 +7,7 @@ import time
 import jax
 import pytest
 
-from compress.probe import time_interleaved
+from compress.quantization.probe import time_interleaved
 from experiments.ablate import compress_costs, compress_gpt2, compress_runtimes, compress_sizes
 from experiments.ablate.random_weights import random_weights
 from experiments.ablate.tables import Request, Results

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.formats import FORMATS
-from compress.gptq import gptq_params
-from compress.quantize import dequantize_params, quantize_params
+from compress.quantization.formats import FORMATS
+from compress.quantization.gptq import gptq_params
+from compress.quantization.quantize import dequantize_params, quantize_params
 from experiments.ablate import (
     compress_gpt2,
     compress_outliers,
@@ -82,10 +82,10 @@ def test_tables_share_what_they_both_ask_for():
 @pytest.mark.parametrize(
     ("module", "target", "changed"),
     [
-        (compress_quantize, "compress.formats.FORMATS", "q4_0"),
-        (compress_prune, "compress.formats.FORMATS", "q4_0"),
-        (compress_outliers, "compress.formats.FORMATS", "int8_tensor"),
-        (compress_sizes, "compress.formats.FORMATS", "q4_0"),
+        (compress_quantize, "compress.quantization.formats.FORMATS", "q4_0"),
+        (compress_prune, "compress.quantization.formats.FORMATS", "q4_0"),
+        (compress_outliers, "compress.quantization.formats.FORMATS", "int8_tensor"),
+        (compress_sizes, "compress.quantization.formats.FORMATS", "q4_0"),
     ],
 )
 def test_a_grid_of_another_content_is_measured_again(monkeypatch, module, target, changed):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.distill_features import LAYER_MAPS
+from compress.distillation.features import LAYER_MAPS
+from compress.distillation.students import spread_layers
 from compress.lowrank import LowRank
-from compress.students import spread_layers
 from experiments.ablate import base, compress_distil, compress_structured, compress_training, steps
 from experiments.ablate.compress_students import KINDS, folder_of, student
 from experiments.ablate.tables import Gathered, Request, Results, complete

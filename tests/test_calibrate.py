@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress import awq, calibrate
-from compress.awq import awq_params
+from compress import calibrate
 from compress.calibrate import observe, sequential, windows
-from compress.gptq import gptq_params
 from compress.lowrank_params import compensate_on, factorize_on
 from compress.observed import embed, look_at_layer, observe_layer, statistics_of
-from compress.quantize import quantize_params
-from compress.smoothquant import smooth_params
-from compress.sparsegpt import sparsegpt_params
-from compress.structured_importance import by_activation
-from compress.w8a8 import activation_ranges
-from compress.wanda import wanda
+from compress.pruning.sparsegpt import sparsegpt_params
+from compress.pruning.structured_importance import by_activation
+from compress.pruning.wanda import wanda
+from compress.quantization import awq
+from compress.quantization.awq import awq_params
+from compress.quantization.gptq import gptq_params
+from compress.quantization.quantize import quantize_params
+from compress.quantization.smoothquant import smooth_params
+from compress.quantization.w8a8 import activation_ranges
 from model.flops import abstract_params
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer, features

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from compress.calibrate import sequential, windows
+from compress.export.stored import abstract_from, describe
 from compress.lora import adapted_paths, merged
 from compress.lowrank_params import factorize_params
-from compress.stored import abstract_from, describe
 from experiments.compress import Compress, run_command
 from experiments.compression.compressors import Compensated, LowRankFactors, Magnitude
 from experiments.runs.run import open_run

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from compress.calibrate import windows
-from compress.gptq import gptq_params
-from compress.quantize import is_qtensor, weight_rules
-from compress.structured_importance import by_activation
-from compress.students import distilgpt2_style, minitron_style
-from compress.w8a8 import W8A8
+from compress.distillation.students import distilgpt2_style, minitron_style
+from compress.pruning.structured_importance import by_activation
+from compress.quantization.gptq import gptq_params
+from compress.quantization.quantize import is_qtensor, weight_rules
+from compress.quantization.w8a8 import W8A8
 from experiments import compress, evaluate, generate, pretrain
 from experiments.compress import Compress, calibration_windows, run_command
 from experiments.compression.compressors import (

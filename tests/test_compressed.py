@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.quantize import quantize_params, weight_rules
-from compress.structured import keep_layers
-from compress.w8a8 import Activation, activation_ranges, integer_products
+from compress.pruning.structured import keep_layers
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.w8a8 import Activation, activation_ranges, integer_products
 from experiments.compression.runs import write_run
 from experiments.runs.run import open_run
 from model.presets import gpt2_tiny, modern_tiny

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.formats import FORMATS
-from compress.probe import Row, Table
-from compress.quantize import is_qtensor, quantize_params, weight_rules
-from compress.stored import is_product
+from compress.export.stored import is_product
+from compress.quantization.formats import FORMATS
+from compress.quantization.probe import Row, Table
+from compress.quantization.quantize import is_qtensor, quantize_params, weight_rules
 from experiments.audit import audit
 from experiments.compression.probe import by_probe, choices, probe_run, products_of
 from model.flops import abstract_params

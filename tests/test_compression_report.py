@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from compress.lowrank_params import compensate_params, factorize_params
-from compress.quantize import quantize_params, weight_rules
-from compress.w8a8 import integer_products
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.w8a8 import integer_products
 from experiments import compression_report
 from experiments.audit import audit, read_program
 from experiments.compress import Compress, run_command

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.distill import DIVERGENCES, forward_kl, jensen_shannon, reverse_kl
+from compress.distillation.logits import DIVERGENCES, forward_kl, jensen_shannon, reverse_kl
 
 N, V = 5, 11
 ALL = {name: make(0.3) for name, make in DIVERGENCES.items()}

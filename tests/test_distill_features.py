@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.distill_features import (
+from compress.distillation.features import (
     every_layer,
     hidden_cosine,
     hidden_mse,
     over_pairs,
     semi_orthogonal,
 )
-from compress.distill_maps import attention_kl, relation_kl
+from compress.distillation.maps import attention_kl, relation_kl
 
 B, T = 2, 7
 WEIGHTS = jnp.ones((B, T)).at[0, 2].set(0).at[1, 5:].set(0).at[1, 0].set(2.5)

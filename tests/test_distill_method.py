@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from compress.distill import forward_kl, jensen_shannon
-from compress.distill_features import hidden_cosine
-from compress.distill_maps import attention_kl, relation_kl
+from compress.distillation.features import hidden_cosine
+from compress.distillation.logits import forward_kl, jensen_shannon
+from compress.distillation.maps import attention_kl, relation_kl
 from experiments.cli import parse_with_methods
 from experiments.methods.distill import Distil
 from experiments.methods.distill_terms import over_run

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from compress.int8_training import Products, low_precision_products
-from compress.optimizer_state import eight_bit
+from compress.quantization.int8_training import Products, low_precision_products
+from compress.quantization.optimizer_state import eight_bit
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 from parallel.mesh import make_mesh

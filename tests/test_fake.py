@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from compress.fake import fake_quantization, fake_quantize
-from compress.formats import FORMATS
-from compress.quantize import quantize_params, weight_rules
-from compress.rounding import quantize
+from compress.quantization.fake import fake_quantization, fake_quantize
+from compress.quantization.formats import FORMATS
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.rounding import quantize
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 from train.losses import cross_entropy

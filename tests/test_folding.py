@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.awq import awq_params, best_scales
 from compress.calibrate import sequential
-from compress.folding import at_least, fold, sites_of
-from compress.formats import FORMATS
-from compress.quantize import is_qtensor, quantize_params, report
-from compress.rounding import quantize
-from compress.smoothquant import smooth_params
-from compress.w8a8 import Activation, integer_products
+from compress.quantization.awq import awq_params, best_scales
+from compress.quantization.folding import at_least, fold, sites_of
+from compress.quantization.formats import FORMATS
+from compress.quantization.quantize import is_qtensor, quantize_params, report
+from compress.quantization.rounding import quantize
+from compress.quantization.smoothquant import smooth_params
+from compress.quantization.w8a8 import Activation, integer_products
 from model.flops import abstract_params
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.gguf import Vocabulary, compare, read_gguf, tensors, write_gguf
-from compress.gguf_layouts import architecture_of
-from compress.quantize import dequantize_params, quantize_params, weight_rules
-from compress.structured import keep_groups, keep_layers, keep_neurons
-from compress.w8a8 import integer_products
+from compress.export.gguf import Vocabulary, compare, read_gguf, tensors, write_gguf
+from compress.export.gguf_layouts import architecture_of
+from compress.pruning.structured import keep_groups, keep_layers, keep_neurons
+from compress.quantization.quantize import dequantize_params, quantize_params, weight_rules
+from compress.quantization.w8a8 import integer_products
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
 from tests.compiled import logits_of

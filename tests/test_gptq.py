@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from compress.calibrate import sequential
-from compress.formats import format_of
-from compress.gptq import BLOCK, gptq, gptq_params, inverse_factor
-from compress.quantize import dequantize_params, is_qtensor, quantize_params, report
-from compress.rounding import quantize
+from compress.quantization.formats import format_of
+from compress.quantization.gptq import BLOCK, gptq, gptq_params, inverse_factor
+from compress.quantization.quantize import dequantize_params, is_qtensor, quantize_params, report
+from compress.quantization.rounding import quantize
 from model.flops import abstract_params
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer

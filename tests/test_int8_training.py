@@ -5,8 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.int8_training import LowPrecision, Products, dot, low_precision_products, round_to
-from compress.quantize import quantize_params
+from compress.quantization.int8_training import (
+    LowPrecision,
+    Products,
+    dot,
+    low_precision_products,
+    round_to,
+)
+from compress.quantization.quantize import quantize_params
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
 from train.plugs import Context, WeightTransform

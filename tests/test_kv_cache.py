@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.kv_cache import Int8Slots, cache_bytes, int8_cache, quantize_slots
+from compress.quantization.kv_cache import Int8Slots, cache_bytes, int8_cache, quantize_slots
 from model.cache import init_cache
 from model.flops import abstract_params
 from model.generate import Sampling, generate

@@ -1,6 +1,7 @@
 """The house: which floor may import which, what an import may cost, how long a file may be."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,19 @@ def test_arrows_point_down(package):
     for path in sorted((ROOT / package).rglob("*.py")):
         ours = {name.split(".")[0] for name in imports(path)} & set(MAY_IMPORT)
         assert ours <= MAY_IMPORT[package], path
+
+
+def test_no_imports_run_in_a_circle():
+    """Those inside functions count too."""
+    files = {path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")}
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    graph = {}
+    for name, path in names.items():
+        froms = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        inner = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+        graph[name] = ({*imports(path)} | inner) & set(names)
+    assert any(graph.values())
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises a CycleError that names it
 
 
 def test_imports_bring_nothing_heavy():

@@ -18,7 +18,7 @@ from compress.lora import (
 )
 from compress.lowrank import LowRank, Sum
 from compress.lowrank_params import ranks_by_path
-from compress.quantize import quantize_params, weight_rules
+from compress.quantization.quantize import quantize_params, weight_rules
 from model.flops import abstract_params
 from model.linear import linear, take
 from model.presets import gpt2_tiny

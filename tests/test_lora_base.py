@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from compress.calibrate import windows
-from compress.gptq import gptq_params
 from compress.lowrank import Sum
-from compress.quantize import is_qtensor, quantize_params, weight_rules
-from compress.w8a8 import integer_products
+from compress.quantization.gptq import gptq_params
+from compress.quantization.quantize import is_qtensor, quantize_params, weight_rules
+from compress.quantization.w8a8 import integer_products
 from experiments.adapters import adapted_run, save_adapter
 from experiments.compression.runs import write_run
 from experiments.methods.lora import Lora

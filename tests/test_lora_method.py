@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compress.lora import adapted_paths, merged
-from compress.quantize import is_qtensor
+from compress.quantization.quantize import is_qtensor
 from experiments.adapters import Adapters, adapted_run, load_adapter, run_command, save_adapter
 from experiments.convert import to_huggingface
 from experiments.methods.compression import FakeQuantize

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compress.lowrank import LowRank, Sum, compensate, factorize, plain_array
-from compress.rounding import quantize
+from compress.quantization.rounding import quantize
 
 pytestmark = pytest.mark.usefixtures("strict")
 W = jax.random.normal(jax.random.key(0), (3, 64, 10))

@@ -15,7 +15,7 @@ from compress.lowrank_params import (
     rank_for,
     ranks_by_path,
 )
-from compress.quantize import quantize_params
+from compress.quantization.quantize import quantize_params
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.mask_trees import (
+from compress.pruning.mask_trees import (
     all_kept,
     block_kernels,
     by_layer,
@@ -19,7 +19,7 @@ from compress.mask_trees import (
     together,
     zero_counts,
 )
-from compress.masks import blocks, magnitude, n_of_m
+from compress.pruning.masks import blocks, magnitude, n_of_m
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.rules import leaf_paths
 from model.transformer import Transformer

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.masks import (
+from compress.pruning.masks import (
     blocks,
     check_sparsity,
     keep_top,

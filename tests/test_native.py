@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.native import MODEL, WEIGHTS, load_native, save_native
-from compress.quantize import quantize_params, weight_rules
-from compress.stablehlo import PROGRAM, load_stablehlo, save_stablehlo
-from compress.w8a8 import Activation, activation_ranges, integer_products
+from compress.export.native import MODEL, WEIGHTS, load_native, save_native
+from compress.export.stablehlo import PROGRAM, load_stablehlo, save_stablehlo
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.w8a8 import Activation, activation_ranges, integer_products
 from experiments import export
 from experiments.export import Export, run_command, vocabulary_of
 from experiments.runs.run import open_run

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from compress import onnx as onnx_file
-from compress.onnx import write_onnx
-from compress.quantize import quantize_params, weight_rules
-from compress.w8a8 import Activation, integer_products
+from compress.export import onnx as onnx_file
+from compress.export.onnx import write_onnx
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.w8a8 import Activation, integer_products
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
 from tests.compiled import logits_of

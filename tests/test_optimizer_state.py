@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from compress.optimizer_state import decode, eight_bit, encode
+from compress.quantization.optimizer_state import decode, eight_bit, encode
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 

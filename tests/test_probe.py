@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.probe import PATHS, probe, time_interleaved
+from compress.quantization.probe import PATHS, probe, time_interleaved
 
 
 class FakeClock:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.formats import FORMATS, Format, format_of
-from compress.qtensor import QTensor, pack, unpack
-from compress.rounding import find_scales, quantize
+from compress.quantization.formats import FORMATS, Format, format_of
+from compress.quantization.qtensor import QTensor, pack, unpack
+from compress.quantization.rounding import find_scales, quantize
 
 AXES = (-2, -1)
 NAMES = sorted(FORMATS)

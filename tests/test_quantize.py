@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.formats import FORMATS, Format
-from compress.quantize import (
+from compress.quantization.formats import FORMATS, Format
+from compress.quantization.quantize import (
     dequantize_params,
     formats_by_path,
     is_qtensor,
@@ -17,7 +17,7 @@ from compress.quantize import (
     report,
     weight_rules,
 )
-from compress.spec import abstract_from_spec, spec_of
+from compress.quantization.spec import abstract_from_spec, spec_of
 from model.cache import init_cache
 from model.flops import abstract_params
 from model.generate import Sampling, generate

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from compress.mask_trees import by_layer, flat, leaves_at, together
-from compress.masks import n_of_m
-from compress.schedules import Rewiring, cubic, one_shot
-from compress.sparse_optimizer import (
+from compress.pruning.mask_trees import by_layer, flat, leaves_at, together
+from compress.pruning.masks import n_of_m
+from compress.pruning.schedules import Rewiring, cubic, one_shot
+from compress.pruning.sparse_optimizer import (
     RewireState,
     at_random,
     by_gradient,
@@ -22,7 +22,7 @@ from compress.sparse_optimizer import (
     rigl,
     sparse_evolution,
 )
-from compress.sparse_step import Pruning
+from compress.pruning.sparse_step import Pruning
 from model.presets import llama_tiny
 from model.transformer import Transformer
 from train.losses import cross_entropy

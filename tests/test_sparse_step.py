@@ -6,10 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from compress.mask_trees import block_kernels, by_layer, flat, leaves_at, masked, nested, together
-from compress.masks import n_of_m
-from compress.schedules import cubic, iterative, one_shot
-from compress.sparse_step import (
+from compress.pruning.mask_trees import (
+    block_kernels,
+    by_layer,
+    flat,
+    leaves_at,
+    masked,
+    nested,
+    together,
+)
+from compress.pruning.masks import n_of_m
+from compress.pruning.schedules import cubic, iterative, one_shot
+from compress.pruning.sparse_step import (
     Pruning,
     hard,
     init_masks,

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.formats import FORMATS
-from compress.gptq import gptq
-from compress.mask_trees import block_kernels, masked, masks_from
-from compress.masks import magnitude, n_of_m, unstructured, zeros_of
-from compress.quantize import is_qtensor
-from compress.rounding import quantize
-from compress.sparsegpt import sparsegpt, sparsegpt_params
-from compress.wanda import by_output, wanda, wanda_score
+from compress.pruning.mask_trees import block_kernels, masked, masks_from
+from compress.pruning.masks import magnitude, n_of_m, unstructured, zeros_of
+from compress.pruning.sparsegpt import sparsegpt, sparsegpt_params
+from compress.pruning.wanda import by_output, wanda, wanda_score
+from compress.quantization.formats import FORMATS
+from compress.quantization.gptq import gptq
+from compress.quantization.quantize import is_qtensor
+from compress.quantization.rounding import quantize
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.schedules import Rewiring, cubic, fixed, iterative, one_shot
+from compress.pruning.schedules import Rewiring, cubic, fixed, iterative, one_shot
 
 
 def run(schedule, steps, final):

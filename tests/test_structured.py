@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.structured import keep_groups, keep_layers, keep_neurons, keep_queries
-from compress.structured_gates import gated, part_shape
-from compress.structured_importance import (
+from compress.pruning.structured import keep_groups, keep_layers, keep_neurons, keep_queries
+from compress.pruning.structured_gates import gated, part_shape
+from compress.pruning.structured_importance import (
     KEEP,
     best,
     by_activation,
@@ -19,7 +19,7 @@ from compress.structured_importance import (
     by_taylor,
     keep_best,
 )
-from compress.structured_width import centre_stream, keep_width
+from compress.pruning.structured_width import centre_stream, keep_width
 from model.cache import init_cache
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer, features

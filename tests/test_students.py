@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.structured_importance import by_magnitude
-from compress.students import (
+from compress.distillation.students import (
     distilgpt2_style,
     minitron_style,
     spread_layers,
     student_from_layers,
     without_late_layers,
 )
+from compress.pruning.structured_importance import by_magnitude
 from model.flops import abstract_params
 from model.presets import distilgpt2, gpt2, gpt2_tiny, llama_tiny
 from model.transformer import Transformer

@@ -7,9 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.distill import forward_kl
-from compress.teacher_cache import look_up, open_teacher_cache, row_keys, write_teacher_cache
-from compress.teacher_targets import (
+from compress.distillation.logits import forward_kl
+from compress.distillation.teacher_cache import (
+    look_up,
+    open_teacher_cache,
+    row_keys,
+    write_teacher_cache,
+)
+from compress.distillation.teacher_targets import (
     draws,
     sampled_cross_entropy,
     sampled_targets,

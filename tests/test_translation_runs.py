@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.quantize import quantize_params
+from compress.quantization.quantize import quantize_params
 from experiments import chat
 from experiments.methods.lora import Lora
 from experiments.runs.execute import execute

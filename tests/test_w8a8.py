@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.quantize import quantize_params, weight_rules
-from compress.rounding import quantize
-from compress.w8a8 import (
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.rounding import quantize
+from compress.quantization.w8a8 import (
     W8A8,
     Activation,
     Range,

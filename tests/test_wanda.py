@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.masks import n_of_m
-from compress.wanda import wanda, wanda_score
+from compress.pruning.masks import n_of_m
+from compress.pruning.wanda import wanda, wanda_score
 from model.presets import llama_tiny
 from model.transformer import Transformer, features
 

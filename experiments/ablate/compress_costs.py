@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from compress.probe import time_interleaved
-from compress.teacher_cache import write_teacher_cache
+from compress.distillation.teacher_cache import write_teacher_cache
+from compress.quantization.probe import time_interleaved
 from experiments.ablate.compress_students import BATCH, half_of
 from experiments.ablate.random_weights import random_weights
 from experiments.ablate.steps import known, step_times

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress.folding import fold, sites_of
-from compress.formats import Format, format_of, format_to_json
-from compress.quantize import quantize_params, weight_rules
-from compress.smoothquant import smooth_params
-from compress.w8a8 import Activation, integer_products
+from compress.quantization.folding import fold, sites_of
+from compress.quantization.formats import Format, format_of, format_to_json
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.smoothquant import smooth_params
+from compress.quantization.w8a8 import Activation, integer_products
 from experiments.ablate.margins import Claim, claims
 from experiments.ablate.markdown import grid, spread
 from experiments.ablate.subjects import base_settings, judge, needs_of, open_subject

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from compress.formats import Format
+from compress.quantization.formats import Format
 from experiments.ablate.compress_recipes import BLOCKS, Recipe, measurement, rounded
 from experiments.ablate.margins import Claim, claims
 from experiments.ablate.markdown import grid, spread

@@ -15,9 +15,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from compress.formats import Format, format_of, format_to_json
-from compress.gptq import gptq_params
-from compress.quantize import contraction_axis, dequantize_params, quantize_params, report
+from compress.quantization.formats import Format, format_of, format_to_json
+from compress.quantization.gptq import gptq_params
+from compress.quantization.quantize import (
+    contraction_axis,
+    dequantize_params,
+    quantize_params,
+    report,
+)
 from experiments.ablate.subjects import judge, needs_of, open_subject
 from experiments.ablate.tables import Request
 from experiments.compression.compressors import (
@@ -45,7 +50,7 @@ class Rounded:
       method: round to nearest, or GPTQ.
       format: of the matrices.
       matrices: which, a regex over paths.
-      damping: of GPTQ, see `compress.gptq`.
+      damping: of GPTQ, see `compress.quantization.gptq`.
       order: of GPTQ.
       head: of GPTQ.
       candidates: scales tried for each group.

@@ -1,8 +1,8 @@
 """Speed of 8 and 4 bits at GPT-2 124M shapes, 512 tokens: inside XLA, and where kernels for it are.
 
-Three measurements: the probe of `compress.probe` on the shapes of a block and of the head; the
-exported model under ONNX Runtime, int8 beside float32; and GGUF files under llama.cpp, where its
-Python binding is installed (the extra `llama-cpp`).
+Three measurements: the probe of `compress.quantization.probe` on the shapes of a block and of the
+head; the exported model under ONNX Runtime, int8 beside float32; and GGUF files under llama.cpp,
+where its Python binding is installed (the extra `llama-cpp`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from compress.formats import format_of, format_to_json
-from compress.gguf import write_gguf
-from compress.onnx import write_onnx
-from compress.probe import Row, probe, time_interleaved
-from compress.probe import Table as Probed
-from compress.quantize import quantize_params, weight_rules
-from compress.w8a8 import Activation, integer_products
+from compress.export.gguf import write_gguf
+from compress.export.onnx import write_onnx
+from compress.quantization.formats import format_of, format_to_json
+from compress.quantization.probe import Row, probe, time_interleaved
+from compress.quantization.probe import Table as Probed
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.w8a8 import Activation, integer_products
 from experiments.ablate.markdown import grid
 from experiments.ablate.random_weights import fields_of, random_weights
 from experiments.ablate.ratios import paired

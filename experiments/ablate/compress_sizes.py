@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 
-from compress.formats import format_of, format_to_json
-from compress.gguf import HOLDS, write_gguf
-from compress.native import save_native
-from compress.quantize import quantize_params, report, weight_rules
+from compress.export.gguf import HOLDS, write_gguf
+from compress.export.native import save_native
+from compress.quantization.formats import format_of, format_to_json
+from compress.quantization.quantize import quantize_params, report, weight_rules
 from experiments.ablate.markdown import grid
 from experiments.ablate.random_weights import fields_of, random_weights
 from experiments.ablate.tables import Item, Request, Results, Table

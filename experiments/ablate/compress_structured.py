@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress.probe import Call, time_interleaved
+from compress.quantization.probe import Call, time_interleaved
 from experiments.ablate import base
 from experiments.ablate.compress_distil import OPTIMIZER
 from experiments.ablate.compress_students import folder_of, student

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.students import distilgpt2_style
+from compress.distillation.students import distilgpt2_style
 from experiments.compress import calibration_windows
 from experiments.compression.compressors import Structured
 from experiments.compression.quality import quality

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.probe import time_interleaved
-from compress.teacher_targets import top_k_targets
+from compress.distillation.teacher_targets import top_k_targets
+from compress.quantization.probe import time_interleaved
 from experiments.ablate.random_weights import like
 from experiments.ablate.ratios import paired
 from experiments.methods.cached_answers import PREFIX

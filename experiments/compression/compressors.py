@@ -12,9 +12,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
-from compress.awq import awq_params
-from compress.formats import format_of
-from compress.gptq import gptq_params
 from compress.lowrank_params import (
     compensate_on,
     compensate_params,
@@ -22,7 +19,7 @@ from compress.lowrank_params import (
     factorize_params,
     ranks_by_path,
 )
-from compress.mask_trees import (
+from compress.pruning.mask_trees import (
     block_kernels,
     by_layer,
     check_selection,
@@ -31,12 +28,15 @@ from compress.mask_trees import (
     nested,
     targets_of,
 )
-from compress.masks import Pattern, check_sparsity, magnitude, n_of_m, unstructured
-from compress.quantize import quantize_params, weight_rules
-from compress.smoothquant import smooth_params
-from compress.sparsegpt import sparsegpt_params
-from compress.w8a8 import Activation, activation_ranges, integer_products
-from compress.wanda import by_output, wanda
+from compress.pruning.masks import Pattern, check_sparsity, magnitude, n_of_m, unstructured
+from compress.pruning.sparsegpt import sparsegpt_params
+from compress.pruning.wanda import by_output, wanda
+from compress.quantization.awq import awq_params
+from compress.quantization.formats import format_of
+from compress.quantization.gptq import gptq_params
+from compress.quantization.quantize import quantize_params, weight_rules
+from compress.quantization.smoothquant import smooth_params
+from compress.quantization.w8a8 import Activation, activation_ranges, integer_products
 from experiments.compression.structured import DistilGPT2Style, MinitronStyle, Structured
 from model.config import TransformerConfig
 from model.transformer import Transformer
@@ -61,7 +61,7 @@ class RoundToNearest:
     """Every weight to the nearest number of a grid; needs no calibration.
 
     Attributes:
-      format: of kernels, token embedding and head; see `compress.formats`.
+      format: of kernels, token embedding and head; see `compress.quantization.formats`.
       positions: format of the position table, None to leave it alone.
       candidates: scales tried for each group.
     """
@@ -81,7 +81,7 @@ class RoundToNearest:
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Rounding whose errors the rows still to come make up for, see `compress.gptq`.
+    """Rounding whose errors the rows still to come make up for, see `compress.quantization.gptq`.
 
     Attributes:
       format: of kernels, token embedding and head.
@@ -109,7 +109,7 @@ class GPTQ:
 
 @dataclass(frozen=True)
 class AWQ:
-    """Rows that meet large activations are scaled up before rounding, see `compress.awq`.
+    """Rows that meet large activations are scaled up before rounding, see `quantization.awq`.
 
     Attributes:
       format: of kernels, token embedding and head.
@@ -199,7 +199,7 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Wanda:
-    """Zeros where weight times activation is smallest, see `compress.wanda`.
+    """Zeros where weight times activation is smallest, see `compress.pruning.wanda`.
 
     Attributes:
       sparsity: share of zeros.
@@ -220,7 +220,7 @@ class Wanda:
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """Zeros chosen and made up for column by column, see `compress.sparsegpt`.
+    """Zeros chosen and made up for column by column, see `compress.pruning.sparsegpt`.
 
     Attributes:
       sparsity: share of zeros.

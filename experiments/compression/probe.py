@@ -1,9 +1,9 @@
 """Which kernels a quantized run should be computed with on this machine, by measuring them.
 
-The probe (`compress.probe`) times every way of taking the products that the model takes, by shape;
-the choice goes into report.json of the run, with what it was measured on, and is for inference
-alone. `by_probe` turns a run's weights into those of the choice; the report audits the program that
-then runs (`experiments.audit`).
+The probe (`compress.quantization.probe`) times every way of taking the products that the model
+takes, by shape; the choice goes into report.json of the run, with what it was measured on, and is
+for inference alone. `by_probe` turns a run's weights into those of the choice; the report audits
+the program that then runs (`experiments.audit`).
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress.formats import Format
-from compress.probe import PATHS, Path, Table, probe
-from compress.qtensor import QTensor
-from compress.quantize import contraction_axis, is_qtensor
-from compress.rounding import quantize
-from compress.stored import is_packed, is_product
-from compress.w8a8 import W8A8, integer_products
+from compress.export.stored import is_packed, is_product
+from compress.quantization.formats import Format
+from compress.quantization.probe import PATHS, Path, Table, probe
+from compress.quantization.qtensor import QTensor
+from compress.quantization.quantize import contraction_axis, is_qtensor
+from compress.quantization.rounding import quantize
+from compress.quantization.w8a8 import W8A8, integer_products
 from model.linear import linear
 from model.rules import path_of
 
@@ -62,8 +62,8 @@ def probe_run(
       params: of a run; without quantized matrices there is nothing to choose.
       rows: N, such as 512 for a prompt, or 1 for decoding one row.
       repeats: of every measurement.
-      paths: what is timed, by name; by default those of `compress.probe`, "int8" only for formats
-        that it is there for, and "dequantize" in the format at hand.
+      paths: what is timed, by name; by default those of `compress.quantization.probe`, "int8" only
+        for formats that it is there for, and "dequantize" in the format at hand.
 
     Returns:
       One table for each format; empty where nothing is quantized.

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from compress.stored import describe
+from compress.export.stored import describe
 from experiments.folders import made_at_once
 from experiments.json_files import write_json
 from experiments.runs.run import WEIGHTS

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from compress.structured_gates import part_shape
-from compress.structured_importance import (
+from compress.distillation.students import distilgpt2_style, minitron_style
+from compress.pruning.structured_gates import part_shape
+from compress.pruning.structured_importance import (
     by_activation,
     by_loss,
     by_magnitude,
     by_taylor,
     keep_best,
 )
-from compress.students import distilgpt2_style, minitron_style
 from model.config import TransformerConfig
 from model.transformer import Transformer
 

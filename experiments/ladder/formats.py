@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 
-from compress.gguf_layouts import architecture_of
+from compress.export.gguf_layouts import architecture_of
 from model.config import TransformerConfig
 from model.huggingface_config import write_config
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from compress.teacher_cache import TeacherCache, look_up, write_teacher_cache
-from compress.teacher_targets import (
+from compress.distillation.teacher_cache import TeacherCache, look_up, write_teacher_cache
+from compress.distillation.teacher_targets import (
     sampled_cross_entropy,
     sampled_targets,
     top_k_kl,
@@ -80,7 +80,7 @@ def write_cache(
       data: see `identity_of`.
 
     Raises:
-      ValueError: as `compress.teacher_cache.write_teacher_cache`.
+      ValueError: as `compress.distillation.teacher_cache.write_teacher_cache`.
     """
 
     targets, identity = answers(teacher, params, kept), identity_of(kept, params, data)

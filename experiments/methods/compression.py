@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from compress.fake import fake_quantization
-from compress.formats import format_of
-from compress.int8_training import Kind, Products, low_precision_products
-from compress.mask_trees import Selection, by_layer, targets_of, together
-from compress.masks import blocks, n_of_m, unstructured
-from compress.optimizer_state import BLOCK, SMALLEST, eight_bit
-from compress.quantize import formats_by_path, weight_rules
-from compress.schedules import Rewiring, Schedule, cubic, iterative, one_shot
-from compress.sparse_optimizer import at_random, by_gradient, rewire
-from compress.sparse_step import Pruning, hard, mask_weights, straight_through
+from compress.pruning.mask_trees import Selection, by_layer, targets_of, together
+from compress.pruning.masks import blocks, n_of_m, unstructured
+from compress.pruning.schedules import Rewiring, Schedule, cubic, iterative, one_shot
+from compress.pruning.sparse_optimizer import at_random, by_gradient, rewire
+from compress.pruning.sparse_step import Pruning, hard, mask_weights, straight_through
+from compress.quantization.fake import fake_quantization
+from compress.quantization.formats import format_of
+from compress.quantization.int8_training import Kind, Products, low_precision_products
+from compress.quantization.optimizer_state import BLOCK, SMALLEST, eight_bit
+from compress.quantization.quantize import formats_by_path, weight_rules
 from train.methods import Plugs, Setup
 from train.plugs import Context, PyTree, WeightTransform
 
@@ -53,9 +53,10 @@ class FakeQuantize:
     """Trains with weights rounded to the grid of a format, so that quantizing later costs nothing.
 
     Attributes:
-      format: of every kernel, of the token embedding and the head; see `compress.formats`.
+      format: of every kernel, of the token embedding and the head; see
+        `compress.quantization.formats`.
       rules: `(regex, format)` pairs in its place, where formats differ; "none" leaves alone.
-      gradient: "identity" or "clipped", see `compress.fake`.
+      gradient: "identity" or "clipped", see `compress.quantization.fake`.
       candidates: scales tried for each group.
     """
 
@@ -220,7 +221,7 @@ class LowPrecision:
 
 @dataclass(frozen=True)
 class EightBitState:
-    """Keeps the optimizer's moments in 8 bits, see `compress.optimizer_state`.
+    """Keeps the optimizer's moments in 8 bits, see `compress.quantization.optimizer_state`.
 
     Attributes:
       block: numbers that share a scale, at most.

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from compress.distill import DIVERGENCES, check_vocabularies
-from compress.distill_features import HIDDEN_LOSSES, LAYER_MAPS, semi_orthogonal
+from compress.distillation.features import HIDDEN_LOSSES, LAYER_MAPS, semi_orthogonal
+from compress.distillation.logits import DIVERGENCES, check_vocabularies
 from experiments.methods.distill_terms import (
     PROJECTION,
     TEACHER,

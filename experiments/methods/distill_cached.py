@@ -5,7 +5,7 @@
 
 The cache is written before the first step, unless one for this teacher and data is there already;
 what that cost is in `teacher_cache.json` of the run. The loss becomes
-`hard * cross-entropy + soft * T^2 KL` of what was kept (`compress.teacher_targets`).
+`hard * cross-entropy + soft * T^2 KL` of what was kept (`compress.distillation.teacher_targets`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from compress.distill import check_vocabularies
-from compress.teacher_cache import TeacherCache, open_teacher_cache
+from compress.distillation.logits import check_vocabularies
+from compress.distillation.teacher_cache import TeacherCache, open_teacher_cache
 from experiments.json_files import write_json
 from experiments.methods.cached_answers import Kept, cached_term, with_targets, write_cache
 from experiments.methods.distill_terms import over_run, scaled

@@ -1,4 +1,4 @@
-"""The losses of `compress.distill` as loss terms of the step, with a teacher that does not train.
+"""The losses of `compress.distillation` as terms of the step, with a teacher that does not train.
 
 The teacher reads each micro-batch once, before the loss is cut into chunks of positions; its head
 is applied a chunk at a time, like the student's, so that its [B, T, V] is never held.
@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress.distill import Divergence
-from compress.distill_features import HIDDEN_LOSSES, over_pairs
-from compress.distill_maps import attention_kl, relation_kl
+from compress.distillation.features import HIDDEN_LOSSES, over_pairs
+from compress.distillation.logits import Divergence
+from compress.distillation.maps import attention_kl, relation_kl
 from model.transformer import Transformer, features, head
 from train.plugs import Batch, Context, LossTerm, View
 
@@ -103,7 +103,7 @@ def logits_term(
     Args:
       teacher: the model of the parameters in `frozen`.
       prepare: from `reads`.
-      divergence: from `compress.distill`.
+      divergence: from `compress.distillation.logits`.
       temperature: function of the step.
       weight: a number or a function of the step.
     """
@@ -125,7 +125,7 @@ def hidden_term(
 
     Args:
       prepare: from `reads`, with "hidden" captured.
-      loss: key of `compress.distill_features.HIDDEN_LOSSES`.
+      loss: key of `compress.distillation.features.HIDDEN_LOSSES`.
       pairs: (student layer, teacher layer), from 1.
       weight: a number or a function of the step.
     """

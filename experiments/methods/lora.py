@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from compress.formats import format_of
 from compress.lora import SCALINGS, attach, init_adapters
 from compress.lowrank_params import ranks_by_path
-from compress.quantize import formats_by_path, quantize_params, weight_rules
+from compress.quantization.formats import format_of
+from compress.quantization.quantize import formats_by_path, quantize_params, weight_rules
 from experiments.methods.lora_base import (
     BASE,
     Base,

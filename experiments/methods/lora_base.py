@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 
-from compress.stored import abstract_from, describe
+from compress.export.stored import abstract_from, describe
 from experiments.runs.names import folder_of
 from model.config import TransformerConfig
 from model.flops import abstract_params
@@ -29,8 +29,8 @@ class Base:
       model: its config, vocabulary size included.
       step: of the checkpoint.
       tokenizer: fingerprint of its tokenizer.
-      weights: which of its weights are no plain arrays, as `compress.stored.describe` says it, in
-        JSON: settings are hashed.
+      weights: which of its weights are no plain arrays, as `compress.export.stored.describe` says
+        it, in JSON: settings are hashed.
     """
 
     model: TransformerConfig

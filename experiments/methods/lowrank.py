@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from compress.lowrank import LowRank, factorize
 from compress.lowrank_params import is_weight, ranks_by_path
-from compress.quantize import contraction_axis
+from compress.quantization.quantize import contraction_axis
 from model.rules import path_of
 from train.methods import Plugs, Setup
 from train.plugs import PyTree

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from compress.distill import DIVERGENCES, check_vocabularies
+from compress.distillation.logits import DIVERGENCES, check_vocabularies
 from experiments.methods.distill_terms import TEACHER
 from experiments.methods.on_policy_batch import OnPolicy, on_policy_term
 from experiments.methods.teacher import (

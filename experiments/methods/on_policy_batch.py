@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress.distill import check_vocabularies, reverse_kl
+from compress.distillation.logits import check_vocabularies, reverse_kl
 from experiments.methods.distill_terms import TEACHER, logits_term, reads
 from model.generate import Sampling, generate
 from model.transformer import Transformer
@@ -62,7 +62,7 @@ def on_policy_term(
     Args:
       student: the model that trains.
       teacher: the model of `frozen["teacher"]`.
-      divergence: from `compress.distill`.
+      divergence: from `compress.distillation.logits`.
       weight: a number or a function of the step.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from compress.distill import check_vocabularies
+from compress.distillation.logits import check_vocabularies
 from experiments.runs.names import folder_of
 from model.config import TransformerConfig
 from model.flops import abstract_params

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from compress.stored import abstract_from
+from compress.export.stored import abstract_from
 from experiments.json_files import read_json
 from experiments.methods.table import METHODS
 from experiments.runs.assemble import (

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from compress.export.stored import is_packed
 from compress.lora import adapted_paths, merged
-from compress.stored import is_packed
 from experiments.runs.assemble import (
     Parts,
     abstract_frozen,

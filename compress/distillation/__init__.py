@@ -1,0 +1,1 @@
+"""Distillation: divergences, features, students cut from teachers, answers on disk."""

@@ -1,0 +1,1 @@
+"""Export: files that other programs read, and how ours are described."""

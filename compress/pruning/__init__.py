@@ -1,0 +1,1 @@
+"""Pruning: masks and their schedules, one-shot methods, structure taken out for good."""
