@@ -25,6 +25,7 @@ from pathlib import Path
 
 from experiments.baselines.cells import BaselineCell, read_baseline
 from experiments.baselines.settings import nanogpt_cpu
+from experiments.busy import warn_if_busy
 from experiments.cli import run_main
 from experiments.compare import picture
 from experiments.grid import Cell, Result, read_result
@@ -173,6 +174,7 @@ def main() -> None:
     import tyro
 
     command = tyro.cli(Shakespeare, description=__doc__)
+    warn_if_busy()
     run = runner(command.out / "cells", command.max_minutes)
     runs, chosen = run_all(run, str(command.data), range(command.seeds), TARGETS)
     if not runs:

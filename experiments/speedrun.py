@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from experiments.busy import warn_if_busy
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.ladder.command import Ladder, run_ladder
@@ -90,6 +91,8 @@ def main() -> None:
 
     command = tyro.cli(Speedrun, description=__doc__)
     use_compilation_cache()
+    if not command.tune:  # trials are compared by their losses
+        warn_if_busy()
     out = command.out or Path(f"runs/speedrun-{command.scale}")
     cells = out / "cells"
     if command.fresh:

@@ -33,6 +33,7 @@ from experiments.bench.start import start_table, wait_table
 from experiments.bench.table import Table
 from experiments.bench.tokenise import tokenise_table
 from experiments.bench.train_step import train_table
+from experiments.busy import warn_if_busy
 from experiments.cli import run_main
 from experiments.grid import Measured, Measurement, read_measured, run_measurements
 from experiments.json_files import write_json
@@ -208,6 +209,7 @@ def main() -> None:
     if command.fresh:
         for measurement in (each for table in named for each in table.measurements):
             (command.folder / f"{measurement.key}.json").unlink(missing_ok=True)
+    warn_if_busy()
     prepare(named, command.folder, stage=0)
     for table in named:
         prepare([table], command.folder, stage=1)
