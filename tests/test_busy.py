@@ -8,9 +8,9 @@ from experiments import busy
 
 
 @pytest.mark.parametrize(
-    ("ticks", "expected"), [("30 0 20 50 0 0 0 0 9 9", 0.5), ("0 0 0 40 60 0 0 0", 0)]
+    ("ticks", "share"), [("30 0 20 50 0 0 0 0 9 9", 0.5), ("0 0 0 40 60 0 0 0", 0)]
 )
-def test_busy_cores_are_what_worked_of_all_ticks(tmp_path, monkeypatch, ticks, expected):
+def test_busy_cores_are_what_worked_of_all_ticks(tmp_path, monkeypatch, ticks, share):
     stat = tmp_path / "stat"
     stat.write_text("cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 1 1\n")
     monkeypatch.setattr(busy.time, "sleep", lambda seconds: stat.write_text(f"cpu  {ticks}\n"))
