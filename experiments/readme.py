@@ -14,14 +14,14 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.ablate.gathered import Results
-from experiments.ablate.report import read
 from experiments.bench.clock import spread
 from experiments.bench.gpu_forms import DATASHEET
 from experiments.parameter_server import seconds_to
 from experiments.scale.compression import sizes
 from experiments.scale.equality import equal
 from experiments.shakespeare_report import headline
+from experiments.tables.gathered import Results
+from experiments.tables.report import read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"

@@ -16,15 +16,15 @@ from experiments.ablate import (
     compress_prune,
     compress_quantize,
     compress_sparse_training,
-    tables,
 )
 from experiments.ablate.__main__ import Ablate, run_command
-from experiments.ablate.gathered import Gathered, Results
-from experiments.ablate.margins import margin
-from experiments.ablate.report import read
-from experiments.ablate.tables import Request, Table, complete
 from experiments.grid import Cell, Measurement, run_measurements
 from experiments.recipes import Size
+from experiments.tables import table as tables
+from experiments.tables.gathered import Gathered, Results
+from experiments.tables.margins import margin
+from experiments.tables.report import read
+from experiments.tables.table import Request, Table, complete
 from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
 from train.loop import LoopSettings

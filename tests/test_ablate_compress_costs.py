@@ -10,8 +10,8 @@ import pytest
 from compress.quantization.probe import time_interleaved
 from experiments.ablate import compress_costs, compress_gpt2, compress_runtimes, compress_sizes
 from experiments.ablate.random_weights import random_weights
-from experiments.ablate.tables import Request, Results
 from experiments.methods.cached_answers import Kept
+from experiments.tables.table import Request, Results
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 from train.settings import Phase

@@ -31,9 +31,9 @@ from experiments.ablate.compress_recipes import (
     step_to_json,
 )
 from experiments.ablate.subjects import Subject
-from experiments.ablate.tables import Request
 from experiments.compression.compressors import SparseGPT, Wanda
 from experiments.compression.quality import before_head
+from experiments.tables.table import Request
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
 

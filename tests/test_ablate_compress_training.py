@@ -13,11 +13,11 @@ from compress.distillation.students import spread_layers
 from compress.lowrank import LowRank
 from experiments.ablate import base, compress_distil, compress_structured, compress_training, steps
 from experiments.ablate.compress_students import KINDS, folder_of, student
-from experiments.ablate.tables import Gathered, Request, Results, complete
 from experiments.methods.lowrank import LowRankKernels
 from experiments.recipes import Size
 from experiments.runs.execute import Execution, execute
 from experiments.runs.run import open_run
+from experiments.tables.table import Gathered, Request, Results, complete
 from model.config import TransformerConfig
 from model.flops import abstract_params, block_flops, head_flops
 from model.presets import gpt2_tiny, modern_tiny

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from experiments.ablate import transfer_multi30k as table
-from experiments.ablate.gathered import Results
-from experiments.ablate.tables import Request, run_item, values_of
 from experiments.grid import Measurement
+from experiments.tables.gathered import Results
+from experiments.tables.table import Request, run_item, values_of
 
 PAIRS = [("a man sleeps", "ein Mann schläft"), ("two dogs run", "zwei Hunde laufen")] * 8
 

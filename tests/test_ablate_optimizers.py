@@ -10,10 +10,10 @@ import pytest
 
 from experiments.ablate import optimizers
 from experiments.ablate import rates as topic
-from experiments.ablate.gathered import Gathered, Results
 from experiments.ablate.optimizers import CLASSIC, COSTS, MISSION, NAMES, cells, trials
-from experiments.ablate.tables import Request, complete
 from experiments.grid import Cell
+from experiments.tables.gathered import Gathered, Results
+from experiments.tables.table import Request, complete
 from model.flops import parameter_count
 from model.presets import modern_tiny
 from train.optimizers import OPTIMIZERS
@@ -171,10 +171,10 @@ def test_the_table_is_sorted_by_loss_and_counts_to_adamws():
 def test_rows_that_are_asked_for_run_with_their_trials_alone(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "experiments.ablate.tables.run_item", lambda item, *rest: asked.append(item.name)
+        "experiments.tables.table.run_item", lambda item, *rest: asked.append(item.name)
     )
     monkeypatch.setattr(
-        "experiments.ablate.tables.values_of",
+        "experiments.tables.table.values_of",
         lambda item, folder: ({}, {}) if item.name in asked else None,
     )
     request = Request(tmp_path, seeds=1, rows=("adam",))

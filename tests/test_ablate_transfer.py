@@ -8,9 +8,9 @@ import pytest
 
 from experiments.ablate import transfer_sst2 as sst2
 from experiments.ablate import transfer_sst2_report as report
-from experiments.ablate.gathered import Gathered, Results
-from experiments.ablate.tables import Request, complete
 from experiments.grid import Cell
+from experiments.tables.gathered import Gathered, Results
+from experiments.tables.table import Request, complete
 from model.presets import modern_mini
 from tests.test_run import own_cache  # noqa: F401 (fixture)
 from train.sources import open_source

@@ -10,8 +10,8 @@ from experiments.ablate import transfer_multi30k as multi30k
 from experiments.ablate import transfer_own as own
 from experiments.ablate import transfer_sst2 as sst2
 from experiments.ablate.__main__ import Ablate, own_files, run_command
-from experiments.ablate.tables import Request
 from experiments.json_files import read_json
+from experiments.tables.table import Request
 from model.presets import encoder_decoder_tiny, modern_mini
 from tests.test_run import own_cache  # noqa: F401 (fixture)
 from train.tasks_rows import RowFormat

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from experiments.ablate import transfer_squad as table
-from experiments.ablate.gathered import Gathered, Results
-from experiments.ablate.tables import Request, complete
 from experiments.grid import Cell
+from experiments.tables.gathered import Gathered, Results
+from experiments.tables.table import Request, complete
 from experiments.tasks.squad_floor import floor_scores
 from model.presets import modern_mini
 from tests.squad_cases import colours, write_squad

@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from experiments.ablate.gathered import Gathered
-from experiments.ablate.report import read
 from experiments.baselines.cells import BaselineCell
 from experiments.grid import Cell
 from experiments.ladder import command as ladder_command
@@ -31,6 +29,8 @@ from experiments.ladder.rungs import RUNGS, below, formats_of, recipe_of
 from experiments.ladder.scales import CPU, GPU, SCALES, TINY
 from experiments.ladder.sizes import line, scales_of
 from experiments.speedrun import Speedrun, check_demo, ladder_of
+from experiments.tables.gathered import Gathered
+from experiments.tables.report import read
 from model.presets import gpt2_tiny
 from tests.ladder_cases import NAMES, WEIGHTS, Counting, cells_of, fake, ladder, row
 from train.optimizers import Adam

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from experiments.ablate.report import read
 from experiments.ladder import command as command_module
 from experiments.ladder.climb import TORCH, TORCH_TUNED, Site, enough, lengths_of, searched
 from experiments.ladder.command import run_ladder
 from experiments.ladder.held_out import planned, planned_row
 from experiments.ladder.rows import mean_end
 from experiments.ladder.scales import TINY
+from experiments.tables.report import read
 from tests.ladder_cases import TEST_IS_HARDER, Counting, cells_of, ladder, settings_of
 
 CHOSEN = ("torch-tuned", "rate", "softcap", "cautious")

@@ -7,8 +7,6 @@ import re
 import numpy as np
 import pytest
 
-from experiments.ablate.gathered import Gathered
-from experiments.ablate.report import read
 from experiments.ladder import command as ladder_command
 from experiments.ladder import report, rows
 from experiments.ladder.climb import (
@@ -27,6 +25,8 @@ from experiments.ladder.command import run_ladder
 from experiments.ladder.report import render
 from experiments.ladder.scales import CPU, TINY
 from experiments.ladder.side_by_side import item_of, speed_against, speed_of
+from experiments.tables.gathered import Gathered
+from experiments.tables.report import read
 from tests.ladder_cases import Counting, cells_of, fake, ladder, row
 
 

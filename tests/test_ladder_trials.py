@@ -6,8 +6,6 @@ import math
 
 import pytest
 
-from experiments.ablate.gathered import Gathered
-from experiments.ablate.report import read
 from experiments.baselines import tune
 from experiments.baselines.cells import BaselineCell
 from experiments.ladder import command as command_module
@@ -26,6 +24,8 @@ from experiments.ladder.trials import (
     table_of,
     trial_job,
 )
+from experiments.tables.gathered import Gathered
+from experiments.tables.report import read
 from tests.ladder_cases import Counting, cells_of, ladder, law, settings_of
 from train.optimizers import AdamW
 

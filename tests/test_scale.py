@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.ablate.tables import Request, Results
 from experiments.runs.layout import Division
 from experiments.scale import __main__ as scale
 from experiments.scale import (
@@ -22,6 +21,7 @@ from experiments.scale import (
     training,
 )
 from experiments.scale.program import first, program, settings_for, small_model
+from experiments.tables.table import Request, Results
 from model.presets import modern_tiny
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from experiments.ablate import transfer_stories as stories
 from experiments.ablate import transfer_stories_report as report
-from experiments.ablate.gathered import Gathered, Results
 from experiments.ablate.subjects import STORIES_FILES
-from experiments.ablate.tables import Request, complete
+from experiments.tables.gathered import Gathered, Results
+from experiments.tables.table import Request, complete
 from tests import test_llama2c
 from tests.test_run import own_cache  # noqa: F401 (fixture)
 from train.corpus import build_corpus

@@ -12,18 +12,16 @@ pictures beside it are made from it alone. Own files have a report of their own,
 from __future__ import annotations
 
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from experiments.ablate import compress, optimizers, rates, transfer, transfer_own
-from experiments.ablate.gathered import Gathered
-from experiments.ablate.report import read, write_data, write_report
-from experiments.ablate.tables import Request, Table, complete
 from experiments.ablate.transfer_sst2 import task_of as sst2_task
 from experiments.cli import named_pairs, run_main
 from experiments.compilation import use_compilation_cache
+from experiments.tables.command import check_seeds, folder_of_runs, run_tables, tables_named
+from experiments.tables.table import Request, Table
 from train.tasks import TaskFiles
 from train.tasks_rows import RowFormat
 from train.tasks_translation import Translation
@@ -104,22 +102,16 @@ def run_command(command: Ablate) -> list[Path]:
     if command.topic not in TOPICS:
         raise ValueError(f"no topic is called {command.topic!r}; there are {', '.join(TOPICS)}")
     labelled, parallel = own_files(command)
-    tables, name, how = TOPICS[command.topic], command.topic, None
+    tables, name = TOPICS[command.topic], command.topic
+    line = f"python -m experiments.ablate {command.topic}"
     if own := labelled or parallel:
         tables = transfer_own.LABELLED if labelled else transfer_own.PARALLEL
         name += f"-{transfer_own.name_of(own)}"
-        how = _again(command)
-    names = [table.name for table in tables]
-    if unknown := [name for name in command.tables if name not in names]:
-        raise ValueError(f"no table is called {unknown[0]!r}; there are {', '.join(names)}")
-    if command.seeds < 1:
-        raise ValueError(f"{command.seeds} seeds are none; give at least 1")
-    out = command.out or Path("runs/ablate")
-    if command.fresh and command.out is None:
-        out = Path(f"runs/ablate-{time.strftime('%Y%m%d-%H%M%S')}")
-        print(f"runs anew in {out}; to go on with it later: --fresh --out {out}")
+        line = _again(command)
+    chosen = tables_named(command.tables, tables)
+    check_seeds(command.seeds)
     request = Request(
-        out / "cells",
+        folder_of_runs(command.out, "runs/ablate", command.fresh) / "cells",
         command.seeds,
         command.stories,
         command.rows,
@@ -131,23 +123,16 @@ def run_command(command: Ablate) -> list[Path]:
         parallel,
     )
     path = command.results / f"{name}-{jax.default_backend()}.json"
-    gathered = read(path)
-    chosen = [table for table in tables if not command.tables or table.name in command.tables]
-    if command.fresh:
-        _forget(gathered, chosen, request)
-    try:
-        complete(
-            chosen,
-            request,
-            gathered,
-            max_minutes=command.max_minutes,
-            save=lambda: write_data(path, gathered),
-        )
-    finally:
-        write_data(path, gathered)
-        written = [path, *write_report(path, command.topic, tables, request, gathered, command=how)]
-        print(f"written: {', '.join(map(str, written))}")
-    return written
+    return run_tables(
+        command.topic,
+        tables,
+        chosen,
+        request,
+        path,
+        command=line,
+        fresh=command.fresh,
+        max_minutes=command.max_minutes,
+    )
 
 
 def own_files(command: Ablate) -> tuple[TaskFiles | None, TaskFiles | None]:
@@ -191,12 +176,6 @@ def _again(command: Ablate) -> str:
         words += [f"--{flag.replace('_', '-')}", *values] if values else []
     words += ["--bad-rows", command.bad_rows] if command.bad_rows != "stop" else []
     return shlex.join(words)
-
-
-def _forget(gathered: Gathered, tables: list[Table], request: Request) -> None:
-    for table in tables:
-        for item in table.cells(request):
-            gathered.cells.pop(item.key, None)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from experiments.ablate import (
     compress_structured,
     compress_training,
 )
-from experiments.ablate.tables import Table
+from experiments.tables.table import Table
 
 TABLES: tuple[Table, ...] = (
     *compress_quantize.TABLES,

@@ -20,12 +20,12 @@ import numpy as np
 
 from experiments.ablate import base
 from experiments.ablate.compress_students import folder_of, student
-from experiments.ablate.margins import Claim, claims, margin
-from experiments.ablate.markdown import grid, spread
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.grid import Cell
 from experiments.methods.distill import Distil
 from experiments.recipes import Size, recommended
+from experiments.tables.margins import Claim, claims, margin
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Item, Request, Results, Table
 from train.loop import LoopSettings
 from train.optimizers import Muon
 

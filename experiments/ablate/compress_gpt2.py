@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.ablate.markdown import grid
 from experiments.ablate.random_weights import fields_of, random_weights
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.compression.compressors import COMPRESSORS
 from experiments.grid import Measurement
+from experiments.tables.markdown import grid
+from experiments.tables.table import Item, Request, Results, Table
 from model.config import TransformerConfig, config_from_dict
 from model.presets import gpt2
 

@@ -23,11 +23,11 @@ from compress.quantization.formats import Format, format_of, format_to_json
 from compress.quantization.quantize import quantize_params, weight_rules
 from compress.quantization.smoothquant import smooth_params
 from compress.quantization.w8a8 import Activation, integer_products
-from experiments.ablate.margins import Claim, claims
-from experiments.ablate.markdown import grid, spread
 from experiments.ablate.subjects import base_settings, judge, needs_of, open_subject
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
+from experiments.tables.margins import Claim, claims
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Request, Results, Table
 from model.config import TransformerConfig
 
 SIZE = 30.0  # times: LLM.int8() finds outliers of about 20 times the other features

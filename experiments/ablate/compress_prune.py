@@ -13,12 +13,12 @@ from typing import Any
 
 from compress.quantization.formats import Format
 from experiments.ablate.compress_recipes import BLOCKS, Recipe, measurement, rounded
-from experiments.ablate.margins import Claim, claims
-from experiments.ablate.markdown import grid, spread
 from experiments.ablate.subjects import base_settings, stories_settings
-from experiments.ablate.tables import Request, Results, Table
 from experiments.compression.compressors import Magnitude, SparseGPT, Wanda
 from experiments.grid import Measurement
+from experiments.tables.margins import Claim, claims
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Request, Results, Table
 
 FOUR_BITS = rounded("rtn", "q4_0", BLOCKS)
 TWO_BITS = rounded("gptq", Format(bits=2, group=32, span="full", scale_dtype="float16"), BLOCKS)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from experiments.ablate.compress_recipes import ALL, BLOCKS, Recipe, measurement, rounded
-from experiments.ablate.margins import Claim, claims
-from experiments.ablate.markdown import grid, spread
 from experiments.ablate.subjects import base_settings, stories_settings
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
+from experiments.tables.margins import Claim, claims
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Request, Results, Table
 
 DENSE = "float32"
 # name of the row -> (method, name of the format)

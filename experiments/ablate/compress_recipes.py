@@ -24,7 +24,6 @@ from compress.quantization.quantize import (
     report,
 )
 from experiments.ablate.subjects import judge, needs_of, open_subject
-from experiments.ablate.tables import Request
 from experiments.compression.compressors import (
     Compressor,
     Magnitude,
@@ -33,6 +32,7 @@ from experiments.compression.compressors import (
     settings_to_json,
 )
 from experiments.grid import Measurement
+from experiments.tables.table import Request
 from model.config import TransformerConfig
 from model.rules import leaf_paths, match
 from model.transformer import Transformer

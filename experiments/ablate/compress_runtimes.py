@@ -24,12 +24,12 @@ from compress.quantization.probe import Row, probe, time_interleaved
 from compress.quantization.probe import Table as Probed
 from compress.quantization.quantize import quantize_params, weight_rules
 from compress.quantization.w8a8 import Activation, integer_products
-from experiments.ablate.markdown import grid
 from experiments.ablate.random_weights import fields_of, random_weights
-from experiments.ablate.ratios import paired
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.compression.timings import prefill
 from experiments.grid import Measurement
+from experiments.tables.markdown import grid
+from experiments.tables.ratios import paired
+from experiments.tables.table import Item, Request, Results, Table
 from model.config import TransformerConfig, config_from_dict
 from model.presets import gpt2
 from model.transformer import Transformer

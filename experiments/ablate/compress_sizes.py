@@ -17,10 +17,10 @@ from compress.export.gguf import HOLDS, write_gguf
 from compress.export.native import save_native
 from compress.quantization.formats import format_of, format_to_json
 from compress.quantization.quantize import quantize_params, report, weight_rules
-from experiments.ablate.markdown import grid
 from experiments.ablate.random_weights import fields_of, random_weights
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.grid import Measurement
+from experiments.tables.markdown import grid
+from experiments.tables.table import Item, Request, Results, Table
 from model.config import TransformerConfig, config_from_dict
 from model.flops import parameter_count
 from model.presets import gpt2

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.ablate import base
-from experiments.ablate.margins import Claim, claims
-from experiments.ablate.markdown import grid, spread
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Cell
 from experiments.methods.compression import Prune, Rewire
 from experiments.recipes import recommended
+from experiments.tables.margins import Claim, claims
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Request, Results, Table
 from train.optimizers import Muon
 
 SPARSITY = 0.8

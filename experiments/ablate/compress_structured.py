@@ -21,15 +21,15 @@ from compress.quantization.probe import Call, time_interleaved
 from experiments.ablate import base
 from experiments.ablate.compress_distil import OPTIMIZER
 from experiments.ablate.compress_students import folder_of, student
-from experiments.ablate.margins import Claim, claims
-from experiments.ablate.markdown import grid, spread
 from experiments.ablate.random_weights import fields_of, random_weights
-from experiments.ablate.ratios import paired
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.compression.timings import decode, prefill
 from experiments.grid import Cell, Measurement
 from experiments.methods.distill import Distil
 from experiments.recipes import Size, recommended
+from experiments.tables.margins import Claim, claims
+from experiments.tables.markdown import grid, spread
+from experiments.tables.ratios import paired
+from experiments.tables.table import Item, Request, Results, Table
 from model.config import TransformerConfig, config_from_dict
 from model.flops import block_flops, head_flops
 from model.presets import gpt2, modern_mini

@@ -20,14 +20,14 @@ import numpy as np
 
 from experiments.ablate.compress_costs import costs
 from experiments.ablate.compress_students import WINDOWS, folder_of, student
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.grid import Cell, Measurement
 from experiments.methods.compression import LowPrecision, Rewire
 from experiments.methods.distill import Distil
 from experiments.methods.distill_cached import DistilCached
 from experiments.methods.lowrank import LowRankKernels
 from experiments.recipes import DEMO, recommended
+from experiments.tables.markdown import grid
+from experiments.tables.table import Item, Request, Results, Table
 from train.loop import LoopSettings
 from train.optimizers import Muon
 from train.schedules import Constant

@@ -28,11 +28,11 @@ import jax
 import numpy as np
 
 from experiments.ablate.compress_training import crossing
-from experiments.ablate.markdown import grid, spread
 from experiments.ablate.steps import step_times
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.grid import Cell, Measurement, read_result, run_cells
 from experiments.runs.execute import Execution
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Item, Request, Results, Table
 from model.flops import abstract_params
 from model.presets import modern_mini
 from train.loop import LoopSettings

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.grid import Cell
+from experiments.tables.markdown import grid
+from experiments.tables.table import Item, Request, Results, Table
 from model.presets import modern
 from train.loop import LoopSettings
 from train.mup import MuP

@@ -14,7 +14,6 @@ import numpy as np
 from compress.distillation.teacher_targets import top_k_targets
 from compress.quantization.probe import time_interleaved
 from experiments.ablate.random_weights import like
-from experiments.ablate.ratios import paired
 from experiments.methods.cached_answers import PREFIX
 from experiments.methods.distill import Distil, Teacher
 from experiments.methods.distill_cached import DistilCached, Resolved
@@ -26,6 +25,7 @@ from experiments.runs.assemble import (
     first_state,
     initial_params,
 )
+from experiments.tables.ratios import paired
 from model.build import build_model
 from model.config import TransformerConfig
 from train.plugs import whole

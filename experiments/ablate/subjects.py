@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from experiments.ablate.base import base_cell, open_base
-from experiments.ablate.tables import Request
 from experiments.compress import calibration_windows
 from experiments.compression.quality import before_head, quality
 from experiments.grid import Cell
+from experiments.tables.table import Request
 from model.generate import generate
 from model.llama2c import load
 from model.transformer import Transformer

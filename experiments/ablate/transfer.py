@@ -8,7 +8,7 @@ from experiments.ablate import (
     transfer_sst2_report,
     transfer_stories_report,
 )
-from experiments.ablate.tables import Table
+from experiments.tables.table import Table
 
 TABLES: tuple[Table, ...] = (
     *transfer_sst2_report.TABLES,

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablate.markdown import grid, spread
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.grid import Cell, Measurement
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Item, Request, Results, Table
 from model.presets import encoder_decoder_mini
 from train.loop import LoopSettings
 from train.optimizers import Muon

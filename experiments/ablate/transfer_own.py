@@ -23,8 +23,8 @@ import numpy as np
 from experiments.ablate import transfer_multi30k as multi30k
 from experiments.ablate import transfer_sst2 as sst2
 from experiments.ablate import transfer_sst2_report as sst2_report
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.grid import Measurement, without_folders
+from experiments.tables.table import Item, Request, Results, Table
 from train.settings import digest, essential
 from train.tasks import SPLITS, TEST, TRAIN, VALID, TaskFiles
 from train.tasks_classification import LABEL, Classification, template_for

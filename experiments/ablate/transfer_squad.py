@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablate.margins import margin
-from experiments.ablate.markdown import grid, spread
-from experiments.ablate.tables import Item, Request, Results, Table
 from experiments.ablate.transfer_sst2_report import steps_to
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
+from experiments.tables.margins import margin
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Item, Request, Results, Table
 from experiments.tasks.report import report_task
 from experiments.tasks.squad_floor import LONGEST, floor_scores
 from model.config import TransformerConfig

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.ablate.steps import memory_of_step, step_times
-from experiments.ablate.tables import Item, Request
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
 from experiments.methods.lora import Lora
 from experiments.methods.table import Freeze
 from experiments.runs.run import config_for, open_run
+from experiments.tables.table import Item, Request
 from experiments.tasks.report import report_task
 from model.config import TransformerConfig
 from model.presets import modern_mini

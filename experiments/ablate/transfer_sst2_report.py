@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from experiments.ablate import transfer_sst2 as sst2
-from experiments.ablate.margins import Margin, margin
-from experiments.ablate.markdown import grid, spread
-from experiments.ablate.tables import Request, Results, Table
 from experiments.ablate.transfer_sst2 import BAG, COSTS, FULL, LANGUAGE, SCRATCH, TFIDF, shared
+from experiments.tables.margins import Margin, margin
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Request, Results, Table
 
 
 def target_of(results: Results) -> float:

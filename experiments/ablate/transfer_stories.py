@@ -26,7 +26,6 @@ import numpy as np
 
 from experiments.ablate.steps import memory_of_step, step_times
 from experiments.ablate.subjects import STORIES_FILES, STORIES_START
-from experiments.ablate.tables import Item, Request
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
 from experiments.methods.lora import Lora
@@ -34,6 +33,7 @@ from experiments.replay import samples, write_tokens
 from experiments.runs.phases import grown_config
 from experiments.runs.run import Run, open_run
 from experiments.runs.starts import from_llama2c
+from experiments.tables.table import Item, Request
 from experiments.tasks.report import sizes
 from model.build import build_model
 from model.config import TransformerConfig

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.ablate import transfer_stories as stories
-from experiments.ablate.margins import Claim, claims, margin
-from experiments.ablate.markdown import grid, spread
-from experiments.ablate.tables import Request, Results, Table
 from experiments.ablate.transfer_stories import (
     BEFORE,
     COSTS,
@@ -22,6 +19,9 @@ from experiments.ablate.transfer_stories import (
     LORA_REPLAY,
     SCRATCH,
 )
+from experiments.tables.margins import Claim, claims, margin
+from experiments.tables.markdown import grid, spread
+from experiments.tables.table import Request, Results, Table
 
 TUNED = (LORA, LORA_REPLAY, FULL, FULL_REPLAY)
 DEEPER = (SCRATCH, GROWN, FULL)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.ablate.ratios import paired
+from experiments.tables.ratios import paired
 
 
 class Ratio(NamedTuple):

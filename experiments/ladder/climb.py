@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablate.gathered import Gathered
 from experiments.baselines.cells import BaselineCell, read_baseline
 from experiments.baselines.settings import TorchBaseline
 from experiments.grid import Cell, Measurement, read_result
@@ -27,6 +26,7 @@ from experiments.ladder.recipe import Recipe
 from experiments.ladder.rungs import RUNGS, below, first_recipe, recipe_of
 from experiments.ladder.scales import Scale
 from experiments.ladder.search import next_length
+from experiments.tables.gathered import Gathered
 from train.loop import LoopSettings
 from train.settings import digest, essential
 

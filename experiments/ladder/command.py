@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.ablate.gathered import Gathered
-from experiments.ablate.report import read, write_data
 from experiments.attempts import Failures
 from experiments.json_files import write_text
 from experiments.ladder.child import run_apart
@@ -33,6 +31,8 @@ from experiments.ladder.scales import SCALES, Choices, HeldOut, Scale
 from experiments.ladder.side_by_side import measure
 from experiments.ladder.trials import chain, tuned_on
 from experiments.ladder.tune import run_tuning, standing, tuning_path
+from experiments.tables.gathered import Gathered
+from experiments.tables.report import read, write_data
 
 
 @dataclass(frozen=True)

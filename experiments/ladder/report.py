@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.ablate.markdown import grid
 from experiments.ladder.climb import (
     BASELINES,
     TORCH,
@@ -34,6 +33,7 @@ from experiments.ladder.rows import (
 )
 from experiments.ladder.rungs import formats_of, rung_named
 from experiments.ladder.side_by_side import speed_against
+from experiments.tables.markdown import grid
 
 SEEDS_TO_KEEP = 3  # what `kept` is decided on
 CLEAR = 2.0  # standard errors: what lies within is no verdict

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.ablate.report import read
 from experiments.ladder.climb import BASELINES, Site, baselines_of, data_name
 from experiments.ladder.rungs import RUNGS
 from experiments.ladder.scales import SCALES
 from experiments.ladder.trials import SEED, Chosen, changes, edges, tuned_on
 from experiments.ladder.tune import counts, on_record, tuning_path
+from experiments.tables.report import read
 
 
 def about(site: Site, path: Path) -> list[str]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.ablate.ratios import paired
 from experiments.bench.ratios import order
 from experiments.bench.sides import REST, Side
 from experiments.grid import Measurement
@@ -26,6 +25,7 @@ from experiments.ladder.climb import (
 )
 from experiments.ladder.scales import Scale
 from experiments.machine import machine
+from experiments.tables.ratios import paired
 from train.tokenizers import load_tokenizer
 
 ROUNDS, TOKENS = 9, 20_000  # of a turn, about: a second or two on two cores

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.ablate.gathered import Gathered
-from experiments.ablate.markdown import grid
-from experiments.ablate.report import read
 from experiments.attempts import Failures
 from experiments.json_files import write_text
 from experiments.ladder.climb import Site, climb, scale_named, target_of
 from experiments.ladder.rows import curves_of, mean_end, ratio, row_of
 from experiments.ladder.rungs import RUNGS, below, recipe_of, rung_named
 from experiments.ladder.scales import SCALES, Scale
+from experiments.tables.gathered import Gathered
+from experiments.tables.markdown import grid
+from experiments.tables.report import read
 from model.flops import parameter_count
 
 FROM = "rate"

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from experiments.ablate.gathered import Gathered
 from experiments.baselines import tune
 from experiments.ladder.child import Job
 from experiments.ladder.climb import (
@@ -27,6 +26,7 @@ from experiments.ladder.climb import (
 from experiments.ladder.measure import last_bits
 from experiments.ladder.rungs import RUNGS, rung_named
 from experiments.ladder.scales import SCALES, Choices, Scale
+from experiments.tables.gathered import Gathered
 
 SEED = 100  # one that no table uses
 Tried = Callable[[Scale], Mapping[str, Choices]]

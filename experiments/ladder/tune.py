@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.report import read
 from experiments.attempts import Failures
 from experiments.json_files import write_text
 from experiments.ladder.climb import Site, scale_named
@@ -26,6 +24,8 @@ from experiments.ladder.trials import (
     trial_job,
     tuned_on,
 )
+from experiments.tables.markdown import grid
+from experiments.tables.report import read
 
 
 def run_tuning(site: Site, names: Sequence[str], path: Path, failures: Failures) -> list[Path]:

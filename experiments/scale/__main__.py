@@ -13,14 +13,11 @@ made.
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from experiments.ablate.report import read, write_data, write_report
-from experiments.ablate.tables import Request, Table, complete
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.scale import (
@@ -35,6 +32,8 @@ from experiments.scale import (
     server,
     traffic,
 )
+from experiments.tables.command import check_seeds, folder_of_runs, run_tables, tables_named
+from experiments.tables.table import Request, Table
 
 DEVICES = 8
 THREADS = 64  # of XLA:CPU's pools; nearly all of them wait
@@ -86,43 +85,21 @@ def run_command(command: Scale) -> list[Path]:
     Raises:
       ValueError: a table that there is not, or that needs more devices; no seed.
     """
-    names = [table.name for table in TABLES]
-    if unknown := [name for name in command.tables if name not in names]:
-        raise ValueError(f"no table is called {unknown[0]!r}; there are {', '.join(names)}")
-    if command.seeds < 1:
-        raise ValueError(f"{command.seeds} seeds are none; give at least 1")
-    chosen = tables_for(command.tables or tuple(names), len(jax.devices()))
-    out = command.out or Path("runs/scale")
-    if command.fresh and command.out is None:
-        out = Path(f"runs/scale-{time.strftime('%Y%m%d-%H%M%S')}")
-        print(f"runs anew in {out}; to go on with it later: --fresh --out {out}")
-    request = Request(out / "cells", command.seeds)
-    path = command.results / f"scale-{jax.default_backend()}.json"
-    gathered = read(path)
-    if command.fresh:
-        for item in (item for table in chosen for item in table.cells(request)):
-            gathered.cells.pop(item.key, None)
-    try:
-        complete(
-            chosen,
-            request,
-            gathered,
-            max_minutes=command.max_minutes,
-            save=lambda: write_data(path, gathered),
-        )
-    finally:
-        write_data(path, gathered)
-        written = write_report(
-            path,
-            "Scale",
-            TABLES,
-            request,
-            gathered,
-            command="python -m experiments.scale",
-            legend=LEGEND,
-        )
-        print(f"written: {', '.join(map(str, [path, *written]))}")
-    return [path, *written]
+    named = [table.name for table in tables_named(command.tables, TABLES)]
+    check_seeds(command.seeds)
+    chosen = tables_for(tuple(named), len(jax.devices()))
+    out = folder_of_runs(command.out, "runs/scale", command.fresh)
+    return run_tables(
+        "Scale",
+        TABLES,
+        chosen,
+        Request(out / "cells", command.seeds),
+        command.results / f"scale-{jax.default_backend()}.json",
+        command="python -m experiments.scale",
+        legend=LEGEND,
+        fresh=command.fresh,
+        max_minutes=command.max_minutes,
+    )
 
 
 def tables_for(names: tuple[str, ...], devices: int) -> list[Table]:

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.ablate.margins import margin
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.methods.parallel import CompressedReduce
 from experiments.runs.assemble import abstract_whole
 from experiments.runs.layout import mesh_of
 from experiments.scale.training import SIZE, STEPS, VOCABULARY, settings_of, trained
+from experiments.tables.margins import margin
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 from parallel.per_worker import per_worker
 from parallel.traffic import collectives
 

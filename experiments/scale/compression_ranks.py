@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.methods.parallel import CompressedReduce
 from experiments.scale.compression import TRAINED_ON, shapes_of_runs
 from experiments.scale.training import STEPS, settings_of, trained
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 from train.optimizers import AdamW
 
 SEED = 1000

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.methods.parallel import CompressedReduce, Delayed, Diloco
 from experiments.plan.memory import memory_of
 from experiments.runs.layout import Division, mesh_of, model_of
 from experiments.scale.program import Program, batch_of, first, program, settings_for
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 from model.attention import Visibility
 from model.block import Block
 from model.config import TransformerConfig

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.methods.parallel import Diloco
 from experiments.runs.layout import mesh_of
 from experiments.scale.compression import model_of_runs, shapes_of_runs, zeros_like
 from experiments.scale.training import SIZE, STEPS, settings_of, trained
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 from parallel.local_sgd import bytes_per_token, init_local, nesterov, outer_step, shardings
 from parallel.traffic import collectives
 from train.plugs import State

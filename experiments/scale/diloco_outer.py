@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.methods.parallel import Diloco
 from experiments.scale.training import STEPS, settings_of, trained
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 
 EVERY, WORKERS, SEED = 50, 4, 1000
 # From local SGD (1 and no momentum) to what Douillard et al. 2023 (arXiv:2311.08105) recommend,

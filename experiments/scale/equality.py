@@ -16,11 +16,11 @@ import jax
 import numpy as np
 import optax
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.runs.layout import Division
 from experiments.scale.program import program, settings_for, small_model, steps_of
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 from model.rules import leaf_paths
 from train.plugs import PyTree
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.runs.layout import mesh_of, of_state
 from experiments.scale.program import first, program, settings_for
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 from model.attention import Attention, Visibility, dot_product_attention
 from model.presets import preset
 from parallel.report import (

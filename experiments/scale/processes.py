@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.scale import process_runs
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 
 NAME = "processes"
 

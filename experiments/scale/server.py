@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import parameter_server as runs
-from experiments.ablate.margins import margin
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.parameter_server_task import make_task
+from experiments.tables.margins import margin
+from experiments.tables.table import Request, Results, Table
 
 ERRORS = 2.0  # standard errors from which two losses differ
 PACE = 0.5  # seconds; a step of the task computes for some hundredths, more on a busy machine

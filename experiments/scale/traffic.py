@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from experiments.ablate.markdown import grid
-from experiments.ablate.tables import Request, Results, Table
 from experiments.grid import Measurement
 from experiments.plan import compile as plan_compile
 from experiments.plan.step import abstract_step
 from experiments.runs.layout import Division, mesh_of
 from experiments.scale.program import settings_for
+from experiments.tables.markdown import grid
+from experiments.tables.table import Request, Results, Table
 from model.config import TransformerConfig
 from model.presets import modern_tiny
 from parallel.chips import chip_named

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.ablate.tables import Request
 from experiments.grid import Cell, Measurement, run_cells
 from experiments.recipes import DEMO, recommended
 from experiments.runs.execute import Execution
+from experiments.tables.table import Request
 from train.loop import LoopSettings
 from train.settings import Settings
 

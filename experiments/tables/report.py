@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.ablate.gathered import Gathered
-from experiments.ablate.tables import Request, Table
 from experiments.json_files import read_json, write_json, write_text
+from experiments.tables.gathered import Gathered
+from experiments.tables.table import Request, Table
 
 
 def read(path: Path) -> Gathered:
@@ -30,7 +30,7 @@ def write_report(
     request: Request,
     gathered: Gathered,
     *,
-    command: str | None = None,
+    command: str,
     legend: str | None = None,
 ) -> list[Path]:
     """Writes the Markdown and the pictures of a topic from its JSON alone.
@@ -41,13 +41,12 @@ def write_report(
       tables: of the topic, all of them.
       request: from the command line, for what it leaves out.
       gathered: what is finished.
-      command: that runs them, where it is not that of this package.
+      command: line that runs them.
       legend: what holds for all figures, where it is not means over seeds.
 
     Returns:
       The files written.
     """
-    command = command or f"python -m experiments.ablate {topic}"
     lines = [f"# {topic.capitalize()}: tables", "", f"    {command}", ""]
     lines += [_machine_line(facts) for facts in gathered.content()["machines"].values()]
     lines += ["", legend or _LEGEND]

@@ -14,7 +14,6 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.ablate.gathered import Gathered, Item, Results, seed_of
 from experiments.attempts import Failures
 from experiments.grid import (
     Measurement,
@@ -26,6 +25,7 @@ from experiments.grid import (
 from experiments.json_files import read_json, write_json
 from experiments.machine import machine
 from experiments.runs.execute import Execution
+from experiments.tables.gathered import Gathered, Item, Results, seed_of
 from train.tasks import TaskFiles
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.ablate.markdown import grid
+from experiments.tables.markdown import grid
 
 
 class Margin(NamedTuple):

@@ -1,0 +1,1 @@
+"""Tables of results: cells that are finished, what is missing, Markdown and pictures of them."""
