@@ -32,9 +32,9 @@ from model.generate import Sampling
 from model.heads import without_heads
 from model.stack import apart
 from model.stream import Decoding, begin, draw, read
-from train.tasks_chat import ChatTemplate, Instructions, Message, encode
-from train.tasks_translation import Translation
-from train.tokenizers import Tokenizer
+from train.tasks.chat import ChatTemplate, Instructions, Message, encode
+from train.tasks.translation import Translation
+from train.tokenizers.tokenizer import Tokenizer
 
 MODES = ("continuation", "chat", "translation")
 SOURCE_MULTIPLE = 32  # a source is padded to a multiple, so that few lengths are compiled

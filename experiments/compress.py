@@ -35,7 +35,7 @@ from experiments.folders import check_free
 from experiments.runs.run import Run, open_run, phase_at
 from model.rules import path_of
 from train.corpus import Corpus, build_corpus
-from train.sources import open_source, parse_mixture
+from train.text.sources import open_source, parse_mixture
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from model.flops import flops_per_token
 from model.rules import path_of
 from train.corpus import Split, build_corpus
 from train.data import evaluation_batches
-from train.sources import open_source, parse_mixture
+from train.text.sources import open_source, parse_mixture
 
 
 @dataclass(frozen=True)

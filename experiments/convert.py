@@ -33,8 +33,8 @@ from parallel.vocabulary import strip_vocabulary
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, to_json
 from train.step import init_state
-from train.tokenizers import Tokenizer, load_tokenizer
-from train.tokenizers_export import export_files
+from train.tokenizers.export import export_files
+from train.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 # Rows of an embedding that no token uses: people round vocabularies up to a multiple of 64 to 512.
 MOST_PADDING = 512
@@ -125,7 +125,7 @@ def from_huggingface(
     Args:
       folder: `config.json` and safetensors of a GPT-2, Llama, Qwen3 or nanochat model.
       out: the run to make.
-      tokenizer: see `train.tokenizers.load_tokenizer`; None looks into `folder`.
+      tokenizer: see `train.tokenizers.tokenizer.load_tokenizer`; None looks into `folder`.
       dtype: type of the parameters.
 
     Returns:

@@ -21,8 +21,8 @@ from train.data import evaluation_batches
 from train.evaluate import evaluate
 from train.losses import cross_entropy
 from train.plugs import State
-from train.sources import open_source, parse_mixture
 from train.step import make_evaluation_step
+from train.text.sources import open_source, parse_mixture
 
 
 @dataclass(frozen=True)

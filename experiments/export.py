@@ -29,7 +29,7 @@ from experiments.convert import to_huggingface
 from experiments.folders import check_free
 from experiments.runs.run import Run, open_run, phase_at
 from model.huggingface_config import write_config
-from train.tokenizers_export import export_files
+from train.tokenizers.export import export_files
 
 
 @dataclass(frozen=True)

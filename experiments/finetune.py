@@ -48,8 +48,8 @@ from train.optimizers import OPTIMIZERS
 from train.optimizers.settings import OptimizerSettings
 from train.schedules import SCHEDULES
 from train.settings import Phase, Settings
-from train.tasks import TRAIN, TaskFiles
-from train.tasks_rows import RowFormat
+from train.tasks.rows import RowFormat
+from train.tasks.task import TRAIN, TaskFiles
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from experiments.retrieval import Hits, Index, build_index, recall_at
 from experiments.runs.run import Run, open_run
 from experiments.tasks.report import outputs_of
 from experiments.tasks.squad_metrics import answers_of, squad_scores
-from train.squad_files import Question, file_of, read_squad
-from train.tasks import TEST, Examples
-from train.tasks_rows import content_hash
-from train.tasks_squad import Squad, row_of
+from train.tasks.rows import content_hash
+from train.tasks.squad import Squad, row_of
+from train.tasks.squad_files import Question, file_of, read_squad
+from train.tasks.task import TEST, Examples
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from train.corpus import build_corpus
 from train.data import batches, evaluation_batches
 from train.losses import counts_of, cross_entropy, loss_function
 from train.plugs import Context
-from train.sources import open_source, parse_mixture
-from train.tokenizers import load_tokenizer
+from train.text.sources import open_source, parse_mixture
+from train.tokenizers.tokenizer import load_tokenizer
 
 Gradient = Callable[[np.ndarray, int], tuple[np.ndarray, float]]
 HELD_OUT = 16  # batches of the validation split that a loss is measured on

@@ -37,7 +37,7 @@ from train.optimizers import OPTIMIZERS
 from train.optimizers.settings import OptimizerSettings
 from train.schedules import SCHEDULES
 from train.settings import Phase, Settings, differences
-from train.sources import open_source, parse_mixture
+from train.text.sources import open_source, parse_mixture
 
 
 @dataclass(frozen=True)

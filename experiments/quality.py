@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
 from experiments.json_files import write_json
-from train.sources import open_source
-from train.text_quality import (
+from train.text.quality import (
     Filter,
     Held,
     contamination,
@@ -33,6 +32,7 @@ from train.text_quality import (
     length,
     near,
 )
+from train.text.sources import open_source
 
 SHOWN = 80  # characters of a removed document
 
@@ -42,7 +42,8 @@ class Quality:
     """What to clean and how; filters run in the order of the fields.
 
     Attributes:
-      data: sources (see `train.sources`), one after the other: duplicates are found across them.
+      data: sources (see `train.text.sources`), one after the other: duplicates are found across
+        them.
       out: folder to make.
       min_characters: shorter documents are left out.
       max_characters: longer ones too; None for no end.

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.cli import run_main
-from train.squad_files import read_squad
-from train.tasks_rows import said_of
+from train.tasks.rows import said_of
+from train.tasks.squad_files import read_squad
 
 WORDS = r"(?u)\b\w+\b"
 """Words of passages and questions: single digits and letters count too."""
@@ -166,8 +166,8 @@ class Retrieval:
     """What to search in.
 
     Attributes:
-      squad: file of SQuAD (see `train.squad_files`); the paragraphs that it asks about are the
-        corpus, its questions are asked.
+      squad: file of SQuAD (see `train.tasks.squad_files`); the paragraphs that it asks about are
+        the corpus, its questions are asked.
       k: passages to look among.
       most: questions asked, the first ones; None for all.
     """

@@ -17,8 +17,8 @@ from experiments.cli import run_main
 from experiments.json_files import read_json, write_json
 from experiments.tasks.squad_floor import floor_scores
 from experiments.tasks.squad_metrics import official, squad_scores
-from train.squad_files import read_squad
-from train.tasks_rows import said_of
+from train.tasks.rows import said_of
+from train.tasks.squad_files import read_squad
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from experiments.runs.assemble import initial_params
 from model.config import TransformerConfig
 from model.presets import PRESETS, modern_mini
 from train.settings import Phase, Settings
-from train.tokenizers import Tokenizer, load_tokenizer
-from train.word_vectors import Coverage, start_with_vectors
+from train.text.word_vectors import Coverage, start_with_vectors
+from train.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 # Folded into the seed for the projection, so that its draw is not that of the parameters.
 _PROJECTION = 0x3EC
@@ -37,8 +37,9 @@ class WordVectors:
     """What to start from.
 
     Attributes:
-      vectors: file of vectors, see `train.word_vectors`.
-      tokenizer: as `train.tokenizers.load_tokenizer` takes it, such as the folder of a run's.
+      vectors: file of vectors, see `train.text.word_vectors`.
+      tokenizer: as `train.tokenizers.tokenizer.load_tokenizer` takes it, such as the folder of a
+        run's.
       out: run to make.
       model: its config; the vocabulary is the tokenizer's.
       sequence_length: of rows, for runs that start from this one.
@@ -57,7 +58,8 @@ def run_command(command: WordVectors) -> list[str]:
     """Writes the run; returns lines to print.
 
     Raises:
-      ValueError: `out` exists, no such tokenizer, and as `train.word_vectors.start_with_vectors`.
+      ValueError: `out` exists, no such tokenizer, and as
+        `train.text.word_vectors.start_with_vectors`.
     """
     check_free(command.out)
     coverage = write_vectors(
@@ -81,13 +83,13 @@ def write_vectors(vectors: Path, out: Path, tokenizer: Tokenizer, settings: Sett
     """Writes a run of one checkpoint, of step 0, whose embedding begins as word vectors.
 
     Args:
-      vectors: file, see `train.word_vectors`.
+      vectors: file, see `train.text.word_vectors`.
       out: run to make.
       tokenizer: its own.
       settings: see `settings_of`; the seed draws the other parameters.
 
     Raises:
-      ValueError: `out` exists, and as `train.word_vectors.start_with_vectors`.
+      ValueError: `out` exists, and as `train.text.word_vectors.start_with_vectors`.
     """
     given = settings.phases[0].model
     config = dataclasses.replace(given, vocabulary_size=tokenizer.vocabulary_size)

@@ -10,7 +10,7 @@ from experiments.ladder.command import Ladder
 from experiments.ladder.measure import Reached
 from experiments.ladder.rows import Row
 from experiments.ladder.rungs import RUNGS
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 NAMES = [*BASELINES, *(rung.name for rung in RUNGS)]
 WEIGHTS = {name: 1.0 - 0.03 * number for number, name in enumerate(NAMES)}

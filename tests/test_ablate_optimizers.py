@@ -19,7 +19,7 @@ from model.presets import modern_tiny
 from train.optimizers import OPTIMIZERS
 from train.optimizers.table import RATE_GRIDS, VARIANTS
 from train.schedules import InverseTime, Linear
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 
 def test_every_optimizer_stands_in_the_table_and_the_missions_first():

@@ -13,7 +13,7 @@ from experiments.tables.gathered import Gathered, Results
 from experiments.tables.table import Request, complete
 from model.presets import modern_mini
 from tests.test_run import own_cache  # noqa: F401 (fixture)
-from train.sources import open_source
+from train.text.sources import open_source
 
 
 @pytest.fixture

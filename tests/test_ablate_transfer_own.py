@@ -14,7 +14,7 @@ from experiments.json_files import read_json
 from experiments.tables.table import Request
 from model.presets import encoder_decoder_tiny, modern_mini
 from tests.test_run import own_cache  # noqa: F401 (fixture)
-from train.tasks_rows import RowFormat
+from train.tasks.rows import RowFormat
 
 pytest.importorskip("sklearn")
 WORDS = {"calm": "sea lake moss", "glad": "song dance sun", "sore": "thorn blister ache"}

@@ -22,11 +22,11 @@ from model.transformer import features, head
 from train.losses import counts_of, loss_function
 from train.plugs import Context
 from train.settings import Phase, Settings
-from train.tasks import TaskFiles, task_evaluation_batches
-from train.tasks_chat import ChatTemplate, Instructions, Message, encode
-from train.tasks_rows import RowFormat
-from train.tasks_translation import Translation, translate
-from train.tokenizers import load_tokenizer
+from train.tasks.chat import ChatTemplate, Instructions, Message, encode
+from train.tasks.rows import RowFormat
+from train.tasks.task import TaskFiles, task_evaluation_batches
+from train.tasks.translation import Translation, translate
+from train.tokenizers.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("bytes")
 END = TOKENIZER.end_of_document

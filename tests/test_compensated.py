@@ -15,7 +15,7 @@ from experiments.runs.run import open_run
 from model.presets import gpt2_tiny
 from model.transformer import Transformer
 from tests.test_convert import make_run
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)

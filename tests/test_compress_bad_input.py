@@ -16,7 +16,7 @@ from model.presets import gpt2_tiny, llama_tiny
 from tests.test_convert import call, make_run
 from train.checkpoints import Checkpoints
 from train.step import init_state
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)

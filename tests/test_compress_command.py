@@ -37,8 +37,8 @@ from tests.compiled import logits_of
 from tests.huggingface_cases import assert_same
 from tests.test_convert import call, make_run
 from train.corpus import build_corpus
-from train.sources import open_source
-from train.tokenizers import load_tokenizer
+from train.text.sources import open_source
+from train.tokenizers.tokenizer import load_tokenizer
 
 EMPTY = {"before": {}, "after": {}, "timings": []}
 

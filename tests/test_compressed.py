@@ -17,7 +17,7 @@ from model.transformer import Transformer
 from tests.compiled import logits_of
 from tests.huggingface_cases import assert_same, drawn
 from train.settings import Phase, Settings
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 TOKENS = jnp.arange(16)[None] * 7 % 257
 

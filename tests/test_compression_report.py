@@ -32,9 +32,9 @@ from train.data import evaluation_batches
 from train.evaluate import evaluate
 from train.losses import cross_entropy
 from train.plugs import State
-from train.sources import open_source
 from train.step import make_evaluation_step
-from train.tokenizers import load_tokenizer
+from train.text.sources import open_source
+from train.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from tests.huggingface_cases import assert_same, drawn
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, to_json
 from train.step import init_state
-from train.tokenizers import load_tokenizer, train_sentencepiece
-from train.tokenizers_bpe import byte_alphabet
+from train.tokenizers.bpe import byte_alphabet
+from train.tokenizers.tokenizer import load_tokenizer, train_sentencepiece
 
 TEXT = "it was the best of times; hé ☃\n\n    it was (the) <worst> of times,  age 17.\t"
 
@@ -200,7 +200,7 @@ def test_a_tokenizer_that_transformers_cannot_hold_is_left_out_and_said(
     def unigram(files, end):
         raise ValueError("the SentencePiece model is no byte-pair one")
 
-    monkeypatch.setitem(sys.modules["train.tokenizers_export"]._EXPORTS, "bytes", unigram)
+    monkeypatch.setitem(sys.modules["train.tokenizers.export"]._EXPORTS, "bytes", unigram)
     make_run(tmp_path / "run", gpt2_tiny(), tokenizers["bytes"])
     lines = to_huggingface(tmp_path / "run", tmp_path / "hf")
     assert "tokenizer    left out: the SentencePiece model is no byte-pair one" in lines
@@ -215,8 +215,8 @@ def test_a_unigram_sentencepiece_model_is_one_of_those(tmp_path):
 
     import sentencepiece
 
-    from train.tokenizers_export import export_files
-    from train.tokenizers_sentencepiece import open_sentencepiece
+    from train.tokenizers.export import export_files
+    from train.tokenizers.sentencepiece import open_sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

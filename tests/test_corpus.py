@@ -14,7 +14,7 @@ import pytest
 from train import byte_progress
 from train import corpus as corpus_module
 from train.corpus import SPLITS, build_corpus
-from train.sources import open_source
+from train.text.sources import open_source
 
 
 class Bytes:
@@ -83,7 +83,7 @@ def test_a_document_goes_where_its_text_says_whatever_stands_around_it(tmp_path)
 
 
 def test_long_documents_are_whole_and_go_by_their_first_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.source_files.PIECE_BYTES", 64)
+    monkeypatch.setattr("train.text.source_files.PIECE_BYTES", 64)
     monkeypatch.setattr(corpus_module, "BATCH_BYTES", 100)
     texts = [f"{i} " + "long\ntext " * (i % 30) for i in range(200)]
     source = source_of(tmp_path, texts)
@@ -178,8 +178,8 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from train.corpus import build_corpus
-from train.sources import open_source
-from train.tokenizers import load_tokenizer
+from train.text.sources import open_source
+from train.tokenizers.tokenizer import load_tokenizer
 
 folder, start, slow = Path(sys.argv[1]), float(sys.argv[2]), len(sys.argv) > 3
 tokenizer, source = load_tokenizer("bytes"), open_source(str(folder / "a.jsonl"))
@@ -243,8 +243,8 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from train.corpus import build_corpus
-from train.sources import open_source
-from train.tokenizers import load_tokenizer
+from train.text.sources import open_source
+from train.tokenizers.tokenizer import load_tokenizer
 
 build_corpus(open_source(sys.argv[1]), load_tokenizer("bytes"), Path(sys.argv[1]) / ".cache")
 print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)

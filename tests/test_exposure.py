@@ -11,7 +11,7 @@ from experiments.canary import Canaries, run_command
 from model.presets import modern_tiny
 from model.transformer import Transformer
 from train.exposure import Canary, draw_canaries, exposure, plant
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 

@@ -24,9 +24,9 @@ from train.loop import LoopSettings, out_of_patience
 from train.optimizers import AdamW
 from train.schedules import Constant, Linear
 from train.settings import Phase, Settings
-from train.tasks import TaskFiles
-from train.tasks_classification import Classification, Regression
-from train.tokenizers import train_sentencepiece
+from train.tasks.classification import Classification, Regression
+from train.tasks.task import TaskFiles
+from train.tokenizers.tokenizer import train_sentencepiece
 
 pytest.importorskip("sklearn")
 T = 12

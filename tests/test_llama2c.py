@@ -10,7 +10,7 @@ import pytest
 from model.flops import abstract_params
 from model.llama2c import load
 from model.transformer import Transformer
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 WIDTH, HIDDEN, LAYERS, HEADS, KV_HEADS, VOCABULARY, POSITIONS = 16, 24, 2, 4, 2, 11, 8
 K = WIDTH // HEADS

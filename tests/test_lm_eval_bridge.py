@@ -32,7 +32,7 @@ from train.plugs import State
 from train.schedules import Constant
 from train.settings import Phase, Settings
 from train.step import make_evaluation_step
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 TASK = Path(__file__).parents[1] / "experiments" / "harness_tasks" / "python_syntax.yaml"
 TEXT = "the quick brown fox jumps over the lazy dog. "

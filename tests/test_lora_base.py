@@ -27,7 +27,7 @@ from tests.test_lora_method import QUIET, losses, settings_of, size
 from train.loop import LoopSettings
 from train.optimizers import AdamW
 from train.settings import from_json, to_json
-from train.tokenizers import train_sentencepiece
+from train.tokenizers.tokenizer import train_sentencepiece
 
 ROUNDS = {
     "gptq": lambda run: gptq_params(

@@ -21,8 +21,8 @@ from model.presets import gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
 from tests.huggingface_cases import assert_same, drawn
 from tests.test_convert import call, make_run
-from train.tokenizers import load_tokenizer, train_sentencepiece
-from train.tokenizers_bpe import byte_alphabet
+from train.tokenizers.bpe import byte_alphabet
+from train.tokenizers.tokenizer import load_tokenizer, train_sentencepiece
 
 TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) * 5 % 64
 

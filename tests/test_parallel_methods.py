@@ -25,7 +25,7 @@ from train.records import read_rows
 from train.schedules import Linear
 from train.settings import Phase, Settings
 from train.step import NONFINITE
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 LINES = [
     f"the {animal} jumps over {number} lazy dogs"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from train.piece_offsets import pieces_of
-from train.tokenizers import load_tokenizer, train_sentencepiece
+from train.tokenizers.piece_offsets import pieces_of
+from train.tokenizers.tokenizer import load_tokenizer, train_sentencepiece
 
 TEXTS = ["Zoë paid 24→10 euros (in 2016).", "  two  spaces\nand a line", "", "日本 → x"]
 
@@ -48,7 +48,7 @@ def test_a_part_of_a_character_is_taken_whole():
 
 def test_a_tokenizer_that_changes_text_is_refused():
     tokenizers = pytest.importorskip("tokenizers")
-    from train.tokenizers_bpe import open_tokenizer_json
+    from train.tokenizers.bpe import open_tokenizer_json
 
     model = tokenizers.models.WordLevel({"ann": 0, "paid": 1, "a": 2, "[UNK]": 3}, "[UNK]")
     native = tokenizers.Tokenizer(model)

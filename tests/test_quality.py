@@ -5,8 +5,7 @@ import json
 import pytest
 
 from experiments.quality import Quality, run_command
-from train.sources import open_source
-from train.text_quality import (
+from train.text.quality import (
     contamination,
     exact,
     grams,
@@ -16,6 +15,7 @@ from train.text_quality import (
     length,
     near,
 )
+from train.text.sources import open_source
 
 LONG = " ".join(f"word{n}" for n in range(60))
 

@@ -24,9 +24,9 @@ from train.losses import mean_squared_error
 from train.methods import Setup
 from train.replay import replay, with_old_text
 from train.settings import Phase, Settings
-from train.sources import open_source
 from train.step import init_state, make_train_step
-from train.tasks import task_batches
+from train.tasks.task import task_batches
+from train.text.sources import open_source
 
 
 def test_samples_are_texts_that_read_like_any_source(parent, tmp_path):  # noqa: F811

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import source_files, sources
-from train.local_text import local_text_builder
-from train.source_files import PIECE_BYTES, cut_position
-from train.sources import open_source, parse_mixture
+from train.text import source_files, sources
+from train.text.local_text import local_text_builder
+from train.text.source_files import PIECE_BYTES, cut_position
+from train.text.sources import open_source, parse_mixture
 
 TEXTS = ["one\n", "zwei ä 世界 😀", "three\r\n\ttabs  and\x00nul", "x" * 3000]
 
@@ -329,7 +329,7 @@ def prepared(tmp_path_factory):
 def test_tfds_is_read_without_tensorflow(prepared):
     """As bytes or str, in the order of the files, from another process that knows no builder."""
     code = (
-        "import json, sys; from train.sources import open_source\n"
+        "import json, sys; from train.text.sources import open_source\n"
         f"source = open_source('tfds:local_text@{prepared}')\n"
         "print(json.dumps([list(source.documents()), source.fingerprint(),"
         " 'tensorflow' in sys.modules]))"

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from tests.squad_cases import article, colours, write_squad
-from train.squad_files import article_splits, read_squad
+from train.tasks.squad_files import article_splits, read_squad
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from experiments.tasks.squad_metrics import (
     word_f1,
 )
 from tests.squad_cases import colours, write_squad
-from train.squad_files import read_squad
-from train.squad_words import words_of
-from train.tasks import TEST, TRAIN, VALID, TaskFiles
-from train.tasks_squad import Squad
-from train.tokenizers import load_tokenizer
+from train.tasks.squad import Squad
+from train.tasks.squad_files import read_squad
+from train.tasks.squad_words import words_of
+from train.tasks.task import TEST, TRAIN, VALID, TaskFiles
+from train.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(

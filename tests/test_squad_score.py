@@ -7,7 +7,7 @@ import pytest
 from experiments.squad_score import SquadScore, read_predictions, run_command
 from experiments.tasks.squad_metrics import squad_scores
 from tests.squad_cases import colours, write_squad
-from train.squad_files import read_squad
+from train.tasks.squad_files import read_squad
 
 
 def test_both_kinds_of_predictions_score_alike(tmp_path):

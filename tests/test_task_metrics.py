@@ -10,9 +10,9 @@ from experiments.tasks.metrics import (
     number_metrics,
     number_predictions,
 )
-from train.tasks import Examples
-from train.tasks_classification import Classification, Regression
-from train.tasks_rows import Row
+from train.tasks.classification import Classification, Regression
+from train.tasks.rows import Row
+from train.tasks.task import Examples
 
 pytest.importorskip("sklearn")
 

@@ -16,11 +16,11 @@ from model.transformer import Transformer
 from train.losses import counts_of, loss_function
 from train.plugs import Context
 from train.settings import Phase, Settings, from_json, to_json
-from train.tasks import TaskFiles, pad_rows, task_batches, task_evaluation_batches
-from train.tasks_classification import Classification, Regression
-from train.tasks_rows import Row, RowFormat
-from train.tasks_text import columns_of, encode_rows
-from train.tokenizers import load_tokenizer
+from train.tasks.classification import Classification, Regression
+from train.tasks.rows import Row, RowFormat
+from train.tasks.task import TaskFiles, pad_rows, task_batches, task_evaluation_batches
+from train.tasks.text import columns_of, encode_rows
+from train.tokenizers.tokenizer import load_tokenizer
 
 T = 16
 CONFIG = modern_tiny(vocabulary_size=257)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from model.presets import modern_tiny
-from train.tasks import TaskFiles
-from train.tasks_classification import Classification, Regression
-from train.tasks_rows import RowFormat
-from train.tokenizers import load_tokenizer
+from train.tasks.classification import Classification, Regression
+from train.tasks.rows import RowFormat
+from train.tasks.task import TaskFiles
+from train.tokenizers.tokenizer import load_tokenizer
 
 T = 16
 CONFIG = modern_tiny(vocabulary_size=257)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from train.tasks_rows import RowFormat, content_hash, keep_good, read_rows
+from train.tasks.rows import RowFormat, content_hash, keep_good, read_rows
 
 WANTED = ("text", "label")
 

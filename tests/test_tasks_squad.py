@@ -24,10 +24,10 @@ from train.optimizers import AdamW
 from train.plugs import Context
 from train.schedules import Linear
 from train.settings import Phase, Settings
-from train.tasks import TEST, TRAIN, VALID, TaskFiles
-from train.tasks_rows import RowFormat
-from train.tasks_squad import Squad, span_logits, windows_of
-from train.tokenizers import load_tokenizer
+from train.tasks.rows import RowFormat
+from train.tasks.squad import Squad, span_logits, windows_of
+from train.tasks.task import TEST, TRAIN, VALID, TaskFiles
+from train.tokenizers.tokenizer import load_tokenizer
 
 T = 48
 BYTES = load_tokenizer("bytes")

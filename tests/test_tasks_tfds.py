@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from train.tasks import TaskFiles
-from train.tasks_classification import Classification
-from train.tasks_rows import RowFormat, content_hash, read_rows
-from train.tasks_translation import Translation
-from train.tokenizers import load_tokenizer
+from train.tasks.classification import Classification
+from train.tasks.rows import RowFormat, content_hash, read_rows
+from train.tasks.task import TaskFiles
+from train.tasks.translation import Translation
+from train.tokenizers.tokenizer import load_tokenizer
 
 COLUMNS = RowFormat((("text", "sentence"), ("label", "sentiment")))
 ROWS = {
@@ -89,7 +89,7 @@ def test_one_split_alone_is_divided_and_translations_are_read(prepared):
 
 def test_without_tensorflow(prepared):
     code = (
-        "import sys; from pathlib import Path; from train.tasks_rows import RowFormat, read_rows\n"
+        "import sys; from pathlib import Path; from train.tasks.rows import RowFormat, read_rows\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
         f"rows = list(read_rows(Path({spec(prepared, 'validation')!r}), RowFormat(), ['target']))\n"
         "assert 'tensorflow' not in sys.modules\n"

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import tokenizers as public
-from train import tokenizers_pieces
-from train.tokenizers import load_tokenizer, train_sentencepiece
-from train.tokenizers_bpe import byte_alphabet, open_tokenizer_json
+from train.tokenizers import pieces as tokenizers_pieces
+from train.tokenizers import tokenizer as public
+from train.tokenizers.bpe import byte_alphabet, open_tokenizer_json
+from train.tokenizers.tokenizer import load_tokenizer, train_sentencepiece
 
 END = "<|endoftext|>"
 
@@ -311,7 +311,7 @@ def test_relative_paths_named_like_a_kind_are_paths(gpt2_folder, tmp_path, monke
 
 def test_importing_the_module_imports_no_library():
     code = (
-        "import sys, train.tokenizers;"
+        "import sys, train.tokenizers.tokenizer;"
         "print([m for m in ('sentencepiece', 'tokenizers', 'google.protobuf') if m in sys.modules])"
     )
     root = Path(public.__file__).parents[1]

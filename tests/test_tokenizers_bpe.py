@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import tokenizers_pieces
-from train.tokenizers import load_tokenizer
-from train.tokenizers_bpe import byte_alphabet, open_tokenizer_json
+from train.tokenizers import pieces as tokenizers_pieces
+from train.tokenizers.bpe import byte_alphabet, open_tokenizer_json
+from train.tokenizers.tokenizer import load_tokenizer
 
 END = "<|endoftext|>"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import tokenizers as public
-from train.tokenizers import load_tokenizer, train_sentencepiece
-from train.tokenizers_sentencepiece import _sample, open_sentencepiece
+from train.tokenizers import tokenizer as public
+from train.tokenizers.sentencepiece import _sample, open_sentencepiece
+from train.tokenizers.tokenizer import load_tokenizer, train_sentencepiece
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards can't forge their locks"
 
@@ -32,7 +32,7 @@ def sentencepiece():
 def test_training_is_the_same_in_another_process(sentencepiece, tmp_path):
     (tmp_path / "corpus.json").write_text(json.dumps(corpus()))
     code = (
-        "import json, sys; from train.tokenizers import train_sentencepiece as train;"
+        "import json, sys; from train.tokenizers.tokenizer import train_sentencepiece as train;"
         "print(train(iter(json.load(open(sys.argv[1]))), 400).fingerprint())"
     )
     root = Path(public.__file__).parents[1]

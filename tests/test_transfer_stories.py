@@ -14,8 +14,8 @@ from experiments.tables.table import Request, complete
 from tests import test_llama2c
 from tests.test_run import own_cache  # noqa: F401 (fixture)
 from train.corpus import build_corpus
-from train.sources import open_source
-from train.tokenizers import load_tokenizer
+from train.text.sources import open_source
+from train.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from model.build import build_model
 from model.presets import encoder_decoder_tiny, modern_tiny
 from train.losses import counts_of, loss_function
 from train.plugs import Context
-from train.tasks import TaskFiles, task_batches, task_evaluation_batches
-from train.tasks_rows import RowFormat
-from train.tasks_translation import Translation
-from train.tokenizers import load_tokenizer
+from train.tasks.rows import RowFormat
+from train.tasks.task import TaskFiles, task_batches, task_evaluation_batches
+from train.tasks.translation import Translation
+from train.tokenizers.tokenizer import load_tokenizer
 
 PAIRS = [("a b", "B A"), ("cd", "DC"), ("e", "E!"), ("f g h", "HG F"), ("ij", "J"), ("k", "KK")]
 TOKENIZER = load_tokenizer("bytes")

@@ -23,8 +23,8 @@ from model.transformer import features
 from train.loop import LoopSettings
 from train.optimizers import Muon
 from train.settings import Phase, Settings
-from train.tasks import TaskFiles
-from train.tasks_translation import Translation
+from train.tasks.task import TaskFiles
+from train.tasks.translation import Translation
 
 PAIRS = [("ab", "BA"), ("cd", "DC"), ("ea", "AE"), ("fg", "GF"), ("ij", "JI"), ("kl", "LK")] * 4
 LOOP = LoopSettings(1, 2, 2, watch="-bleu")

@@ -26,8 +26,8 @@ from train.prompts import keys_and_values, with_prefix
 from train.schedules import Constant
 from train.settings import Phase, Settings
 from train.step import init_state
-from train.tasks import TaskFiles
-from train.tasks_classification import Classification
+from train.tasks.classification import Classification
+from train.tasks.task import TaskFiles
 
 GPT2 = gpt2_tiny(scan_layers=True, dropout=0.0)
 MODERN = modern_tiny(scan_layers=True, zero_init_projections=False)  # or nothing has a gradient

@@ -21,9 +21,9 @@ from model.presets import encoder_decoder_tiny, modern_tiny
 from tests.test_run import own_cache  # noqa: F401 (fixture)
 from train.optimizers import AdamW
 from train.schedules import Constant
-from train.tasks_classification import Classification
-from train.tokenizers import load_tokenizer
-from train.word_vectors import read_vectors, start_with_vectors, to_width
+from train.tasks.classification import Classification
+from train.text.word_vectors import read_vectors, start_with_vectors, to_width
+from train.tokenizers.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 WORDS = ("a", "b", ". .", "long", "é")

@@ -28,11 +28,11 @@ import numpy as np
 
 from train.byte_progress import Progress, progress_bar
 from train.cache import build_once, default_cache
-from train.source_files import Piece
-from train.sources import Source
+from train.text.source_files import Piece
+from train.text.sources import Source
 
 if TYPE_CHECKING:
-    from train.tokenizers import Tokenizer
+    from train.tokenizers.tokenizer import Tokenizer
 
 FORMAT = 1  # part of the key: a change of the layout or of the rule of the split raises it
 SPLITS = ("train", "validation", "test")
@@ -110,8 +110,8 @@ def build_corpus(
             changed while it was read, or the tokenizer gives ids outside its vocabulary.
 
     >>> import tempfile
-    >>> from train.sources import open_source
-    >>> from train.tokenizers import load_tokenizer
+    >>> from train.text.sources import open_source
+    >>> from train.tokenizers.tokenizer import load_tokenizer
     >>> with tempfile.TemporaryDirectory() as name:
     ...     _ = (Path(name) / "a.txt").write_text("0123456789")
     ...     source, folder = open_source(f"{name}/a.txt"), Path(name) / "cache"

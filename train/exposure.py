@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.transformer import Transformer
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 
 class Canary(NamedTuple):

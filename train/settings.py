@@ -58,9 +58,9 @@ class Settings:
 
     Attributes:
       phases: at least one.
-      data: sources, each "SPEC" or "WEIGHT*SPEC" (see `train.sources`).
+      data: sources, each "SPEC" or "WEIGHT*SPEC" (see `train.text.sources`).
       tokenizer: "bytes", "sentencepiece:N" (trained on the first source), or what
-        `train.tokenizers.load_tokenizer` takes.
+        `train.tokenizers.tokenizer.load_tokenizer` takes.
       seed: of the initial parameters, the order of the data and dropout.
       optimizer: typed settings, by name in `train.optimizers.OPTIMIZERS`.
       schedule: typed settings, by name in `train.schedules.SCHEDULES`.
@@ -77,8 +77,8 @@ class Settings:
         they are this model's own.
       methods: typed settings of whatever else is plugged in, in order (see `train.methods`).
       parent: the run and step that it was started from, or None.
-      task: typed settings of the task whose rows take the place of text (see `train.tasks`), or
-        None; `data` is () then.
+      task: typed settings of the task whose rows take the place of text (see `train.tasks.task`),
+        or None; `data` is () then.
     """
 
     phases: tuple[Phase, ...] = (Phase(steps=1000, model=modern_mini()),)

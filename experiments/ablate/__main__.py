@@ -22,9 +22,9 @@ from experiments.cli import named_pairs, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.tables.command import check_seeds, folder_of_runs, run_tables, tables_named
 from experiments.tables.table import Request, Table
-from train.tasks import TaskFiles
-from train.tasks_rows import RowFormat
-from train.tasks_translation import Translation
+from train.tasks.rows import RowFormat
+from train.tasks.task import TaskFiles
+from train.tasks.translation import Translation
 
 TOPICS: dict[str, tuple[Table, ...]] = {
     "compress": compress.TABLES,

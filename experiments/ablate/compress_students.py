@@ -18,7 +18,7 @@ from model.config import TransformerConfig
 from model.flops import parameter_count
 from train.corpus import build_corpus
 from train.data import evaluation_batches
-from train.sources import open_source, parse_mixture
+from train.text.sources import open_source, parse_mixture
 
 WINDOWS = 64  # of calibration text, for importance by activation
 BATCH = 16

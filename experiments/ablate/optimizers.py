@@ -40,7 +40,7 @@ from train.optimizers import OPTIMIZERS, SGD, build
 from train.optimizers.table import RATE_GRIDS, VARIANTS, at_rate
 from train.schedules import InverseTime, Linear
 from train.settings import Phase, Settings
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 STEPS = 300
 WARMUP = 15

@@ -26,8 +26,8 @@ from model.llama2c import load
 from model.transformer import Transformer
 from train.corpus import build_corpus
 from train.data import evaluation_batches
-from train.sources import open_source
-from train.tokenizers import load_tokenizer
+from train.text.sources import open_source
+from train.tokenizers.tokenizer import load_tokenizer
 
 PyTree = Any
 WINDOWS = 128  # of calibration text, as in GPTQ, SparseGPT and Wanda

@@ -27,8 +27,8 @@ from train.optimizers import Muon
 from train.records import read_rows
 from train.schedules import Linear
 from train.settings import Phase, Settings
-from train.tasks import TEST, TRAIN, VALID, TaskFiles
-from train.tasks_translation import Translation
+from train.tasks.task import TEST, TRAIN, VALID, TaskFiles
+from train.tasks.translation import Translation
 
 STEPS, EVALUATE_EVERY, WARMUP = 3000, 250, 100
 ROWS, LENGTH = 32, 128

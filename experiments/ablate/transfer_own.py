@@ -26,11 +26,11 @@ from experiments.ablate import transfer_sst2_report as sst2_report
 from experiments.grid import Measurement, without_folders
 from experiments.tables.table import Item, Request, Results, Table
 from train.settings import digest, essential
-from train.tasks import SPLITS, TEST, TRAIN, VALID, TaskFiles
-from train.tasks_classification import LABEL, Classification, template_for
-from train.tasks_rows import RowFormat
-from train.tasks_text import columns_of
-from train.tasks_translation import Translation
+from train.tasks.classification import LABEL, Classification, template_for
+from train.tasks.rows import RowFormat
+from train.tasks.task import SPLITS, TEST, TRAIN, VALID, TaskFiles
+from train.tasks.text import columns_of
+from train.tasks.translation import Translation
 
 BASELINE = "TF-IDF and logistic regression"
 FILES = "the files"

@@ -40,10 +40,10 @@ from train.optimizers import AdamW
 from train.records import read_rows
 from train.schedules import Linear
 from train.settings import Phase, Settings
-from train.squad_files import file_of
-from train.tasks import TEST, TRAIN, VALID, TaskFiles
-from train.tasks_rows import content_hash
-from train.tasks_squad import Squad
+from train.tasks.rows import content_hash
+from train.tasks.squad import Squad
+from train.tasks.squad_files import file_of
+from train.tasks.task import TEST, TRAIN, VALID, TaskFiles
 
 PIECES = "sentencepiece:4096"
 LENGTH, ROWS = 256, 16

@@ -38,9 +38,9 @@ from train.optimizers import AdamW
 from train.records import read_rows
 from train.schedules import Linear
 from train.settings import Phase, Settings
-from train.tasks import TaskFiles
-from train.tasks_classification import Classification
-from train.tasks_rows import RowFormat, content_hash
+from train.tasks.classification import Classification
+from train.tasks.rows import RowFormat, content_hash
+from train.tasks.task import TaskFiles
 
 FILES = {"train": "stsa.binary.train", "valid": "stsa.binary.dev", "test": "stsa.binary.test"}
 FORM = RowFormat(separator=" ", names=("label", "text"))

@@ -51,8 +51,8 @@ from train.records import read_rows
 from train.schedules import Linear
 from train.settings import Phase, Settings
 from train.step import make_evaluation_step
-from train.tasks_rows import content_hash
-from train.tokenizers import Tokenizer
+from train.tasks.rows import content_hash
+from train.tokenizers.tokenizer import Tokenizer
 
 ROWS, LENGTH = 8, 128
 STEPS, EVERY = 400, 10

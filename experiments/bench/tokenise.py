@@ -65,8 +65,8 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
 def ours(settings: Mapping[str, Any]) -> Subject:
     """Answers "time": seconds to build the corpus in an empty cache."""
     from train.corpus import build_corpus
-    from train.sources import open_source
-    from train.tokenizers import load_tokenizer
+    from train.text.sources import open_source
+    from train.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Path(settings["tokenizer"]))
 
@@ -95,9 +95,9 @@ def theirs(settings: Mapping[str, Any]) -> Subject:
     """Answers "time": seconds to read, encode and write the same documents."""
     from transformers import AutoTokenizer  # which turns SentencePiece into a `tokenizers` one
 
-    from train.sources import open_source
-    from train.tokenizers import load_tokenizer
-    from train.tokenizers_export import export_files
+    from train.text.sources import open_source
+    from train.tokenizers.export import export_files
+    from train.tokenizers.tokenizer import load_tokenizer
 
     folder = Path(settings["tokenizer"])
     with tempfile.TemporaryDirectory() as name:

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.grid import Result
 from experiments.protocol import flops_until, tokens_until
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 Values = Mapping[str, Any]
 

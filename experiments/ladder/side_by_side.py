@@ -26,7 +26,7 @@ from experiments.ladder.climb import (
 from experiments.ladder.scales import Scale
 from experiments.machine import machine
 from experiments.tables.ratios import paired
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 ROUNDS, TOKENS = 9, 20_000  # of a turn, about: a second or two on two cores
 

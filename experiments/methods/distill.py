@@ -41,7 +41,7 @@ from model.flops import abstract_params
 from model.transformer import Transformer
 from train.methods import FrozenTree, OpenRun, Plugs, Setup
 from train.plugs import Context, LossTerm, PyTree, WeightTransform
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 WEIGHTS = ("hard", "soft", "hidden", "attention", "relation")
 

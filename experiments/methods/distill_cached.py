@@ -36,7 +36,7 @@ from model.config import config_from_dict
 from train.cache import default_cache
 from train.methods import OpenRun, Plugs, Reading, Setup
 from train.plugs import LossTerm
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 from train.tree_store import tree_hash
 
 COST = "teacher_cache.json"

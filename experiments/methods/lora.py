@@ -36,7 +36,7 @@ from model.config import config_from_dict
 from train.methods import FrozenTree, OpenRun, Plugs, Setup
 from train.partition import trains_also
 from train.plugs import Context, PyTree, WeightTransform, merge
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from model.flops import abstract_params
 from train.methods import OpenRun
 from train.plugs import PyTree
 from train.settings import differences
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 BASE = "lora_base"
 """Name of the base in `frozen`."""

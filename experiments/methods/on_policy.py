@@ -37,7 +37,7 @@ from model.transformer import Transformer
 from train.methods import Around, FrozenTree, OpenRun, Plugs, Setup
 from train.plugs import Batch, Context, LossTerm, Metrics, PyTree, State, WeightTransform, merge
 from train.step import Step
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 # Folded into the run's key for the draws of the text, so that they are none of the step's.
 _OWN_DRAWS = 0x0509

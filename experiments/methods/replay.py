@@ -21,8 +21,8 @@ from train.methods import Plugs, Setup
 from train.plugs import LossTerm
 from train.replay import NAME, replay, with_old_text
 from train.settings import Phase, Settings
-from train.sources import open_source
-from train.tokenizers import Tokenizer
+from train.text.sources import open_source
+from train.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

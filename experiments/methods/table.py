@@ -29,7 +29,7 @@ from model.rules import leaf_paths, match
 from train.methods import OpenRun, Plugs, Reading, Setup
 from train.partition import split_where
 from train.settings import Settings
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

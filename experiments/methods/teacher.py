@@ -14,7 +14,7 @@ from model.config import TransformerConfig
 from model.flops import abstract_params
 from train.methods import OpenRun
 from train.plugs import PyTree
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from train.progress import progress_bar
 from train.records import Record, Sink, cut_back, read_rows
 from train.settings import Settings, differences, to_json
 from train.step import NONFINITE, make_train_step
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 
 def execute(

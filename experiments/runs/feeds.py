@@ -32,8 +32,8 @@ from train.optimizers.averaging import averaged
 from train.plugs import PyTree, State
 from train.settings import Phase, Settings
 from train.step import make_evaluation_step, make_output_step
-from train.tasks import TRAIN, VALID, task_batches, task_evaluation_batches
-from train.tokenizers import Tokenizer
+from train.tasks.task import TRAIN, VALID, task_batches, task_evaluation_batches
+from train.tokenizers.tokenizer import Tokenizer
 
 Evaluation = Callable[[State], dict[str, float]]
 

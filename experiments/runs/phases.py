@@ -28,7 +28,7 @@ from parallel.agreement import is_main
 from train.phases import carried, grown_params, grown_state, same_shapes
 from train.plugs import State
 from train.settings import Phase, Settings
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 
 def parse_phases(texts: Sequence[str], last: Phase) -> tuple[Phase, ...]:

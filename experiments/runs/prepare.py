@@ -14,8 +14,8 @@ from train.cache import build_once, default_cache
 from train.corpus import Corpus, build_corpus
 from train.data import windows_per_epoch
 from train.settings import differences
-from train.sources import open_source, parse_mixture
-from train.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from train.text.sources import open_source, parse_mixture
+from train.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 Corpora = list[tuple[Corpus, float]]
 
@@ -113,7 +113,7 @@ def keep_tokenizer(
     """Returns the run's tokenizer, and keeps it in `out`.
 
     Args:
-      spec: "sentencepiece:N", or what `train.tokenizers.load_tokenizer` takes.
+      spec: "sentencepiece:N", or what `train.tokenizers.tokenizer.load_tokenizer` takes.
       out: folder of the run.
       documents: what one of N pieces is trained on: once for a text and size, on this machine.
       fingerprint: hash of that text; by default it is made from the documents.

@@ -42,7 +42,7 @@ from train.checkpoints import Checkpoints, Restored
 from train.optimizers.averaging import average_of
 from train.plugs import State
 from train.settings import Phase, Settings, from_json
-from train.tokenizers import Tokenizer, load_tokenizer
+from train.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 START = ("settings.json", "data.json", "tokenizer", "frozen")  # what a first start writes
 STARTING = ".starting"  # there until all of it is written

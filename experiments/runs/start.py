@@ -48,7 +48,7 @@ from train.plugs import PyTree, State
 from train.prompts import refuse_prefix
 from train.settings import Settings, differences
 from train.step import NONFINITE
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 
 class Start(NamedTuple):

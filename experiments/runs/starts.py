@@ -26,7 +26,7 @@ from model import llama2c
 from model.config import TransformerConfig
 from parallel.agreement import by_main
 from train.settings import Phase, Settings
-from train.tokenizers import load_tokenizer
+from train.tokenizers.tokenizer import load_tokenizer
 
 SCRATCH = "scratch"
 HF, LLAMA2C, VECTORS = "hf", "llama2c", "vectors"
@@ -71,8 +71,8 @@ def start_run(
     Args:
       spec: see above.
       made: folder for the run that a foreign model becomes; used again where it is there.
-      tokenizer: of a foreign model: see `train.tokenizers.load_tokenizer`; a Hugging Face folder
-        has its own. Of word vectors also "sentencepiece:N", by default with N = 4096.
+      tokenizer: of a foreign model: see `train.tokenizers.tokenizer.load_tokenizer`; a Hugging Face
+        folder has its own. Of word vectors also "sentencepiece:N", by default with N = 4096.
       fresh: for word vectors.
 
     Raises:

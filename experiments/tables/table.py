@@ -26,7 +26,7 @@ from experiments.json_files import read_json, write_json
 from experiments.machine import machine
 from experiments.runs.execute import Execution
 from experiments.tables.gathered import Gathered, Item, Results, seed_of
-from train.tasks import TaskFiles
+from train.tasks.task import TaskFiles
 
 
 @dataclass(frozen=True)

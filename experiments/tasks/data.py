@@ -11,9 +11,9 @@ from experiments.runs.prepare import begin_data, describe, facts_of, keep_tokeni
 from parallel.agreement import by_main, together
 from train.corpus import Corpus
 from train.settings import Settings
-from train.tasks import Examples
-from train.tasks_rows import said_of
-from train.tokenizers import Tokenizer
+from train.tasks.rows import said_of
+from train.tasks.task import Examples
+from train.tokenizers.tokenizer import Tokenizer
 
 
 class TaskData(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from train.tasks import Examples
-from train.tasks_chat import Instructions, messages_of
-from train.tokenizers import Tokenizer
+from train.tasks.chat import Instructions, messages_of
+from train.tasks.task import Examples
+from train.tokenizers.tokenizer import Tokenizer
 
 
 def instruction_metrics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from train.tasks_classification import Classification, Regression, template_for
+from train.tasks.classification import Classification, Regression, template_for
 
 PLAIN = "{text}"
 """What a row is to a classifier of transformers: the text, without ends of documents."""
@@ -37,8 +37,8 @@ def labels_of(task: Any) -> tuple[str, ...] | None:
 def template_of(task: Classification | Regression) -> str:
     """Returns what a row is to a task.
 
-    >>> from train.tasks import TaskFiles
-    >>> from train.tasks_rows import RowFormat
+    >>> from train.tasks.task import TaskFiles
+    >>> from train.tasks.rows import RowFormat
     >>> pairs = TaskFiles(form=RowFormat(columns=(("text2", "hypothesis"),)))
     >>> template_of(Classification(files=pairs)), template_of(Classification())
     ('{end}{text}{end}{text2}{end}', '{end}{text}{end}')

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from train.tasks import Examples
-from train.tasks_classification import Classification, Regression
-from train.tokenizers import Tokenizer
+from train.tasks.classification import Classification, Regression
+from train.tasks.task import Examples
+from train.tokenizers.tokenizer import Tokenizer
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 

@@ -32,9 +32,9 @@ from train.losses import cross_entropy
 from train.plugs import PyTree, State
 from train.records import plain
 from train.settings import Settings
-from train.sources import open_source
 from train.step import make_evaluation_step
-from train.tasks import TEST, VALID, Examples, task_evaluation_batches
+from train.tasks.task import TEST, VALID, Examples, task_evaluation_batches
+from train.text.sources import open_source
 
 REPORT = "task.json"
 

@@ -22,8 +22,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from experiments.tasks.squad_metrics import squad_scores
-from train.squad_files import Question
-from train.squad_words import FUNCTION_WORDS, Word, words_of
+from train.tasks.squad_files import Question
+from train.tasks.squad_words import FUNCTION_WORDS, Word, words_of
 
 LONGEST = 2  # words; of 1 to 6 it has the best F1 on the articles that train
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\W*[A-Z0-9])")

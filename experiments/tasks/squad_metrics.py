@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from train.piece_offsets import pieces_of
-from train.tasks import Examples
-from train.tasks_squad import Squad
-from train.tokenizers import Tokenizer
+from train.tasks.squad import Squad
+from train.tasks.task import Examples
+from train.tokenizers.piece_offsets import pieces_of
+from train.tokenizers.tokenizer import Tokenizer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -20,12 +20,12 @@ from experiments.tasks.translation_metrics import (
     translation_notes,
     translation_predictions,
 )
-from train.tasks import Examples
-from train.tasks_chat import Instructions
-from train.tasks_classification import Classification, Regression
-from train.tasks_squad import Squad
-from train.tasks_translation import Translation
-from train.tokenizers import Tokenizer
+from train.tasks.chat import Instructions
+from train.tasks.classification import Classification, Regression
+from train.tasks.squad import Squad
+from train.tasks.task import Examples
+from train.tasks.translation import Translation
+from train.tokenizers.tokenizer import Tokenizer
 
 Outputs = Mapping[str, np.ndarray]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from train.parallel_text import SOURCE, TARGET
-from train.tasks import Examples
-from train.tasks_translation import Translation
-from train.tokenizers import Tokenizer
+from train.tasks.task import Examples
+from train.tasks.translation import Translation
+from train.text.parallel_text import SOURCE, TARGET
+from train.tokenizers.tokenizer import Tokenizer
 
 
 def translation_metrics(

@@ -26,11 +26,11 @@ from model.config import EncoderDecoderConfig, TransformerConfig
 from model.transformer import Transformer, features, head
 from train.losses import MODEL_INPUTS, cross_entropy
 from train.packing import alone, fill, pack
-from train.parallel_text import SIDES, SOURCE, both_files, read_parallel
 from train.plugs import Batch, LossTerm, PyTree
-from train.tasks import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_of_split, rows_used
-from train.tasks_rows import BadRow, Row, content_hash, keep_good, read_rows
-from train.tokenizers import Tokenizer
+from train.tasks.rows import BadRow, Row, content_hash, keep_good, read_rows
+from train.tasks.task import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_of_split, rows_used
+from train.text.parallel_text import SIDES, SOURCE, both_files, read_parallel
+from train.tokenizers.tokenizer import Tokenizer
 
 MULTIPLE = 8  # held-out rows are as long as the longest of them, rounded up
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from train.tasks_rows import BadRow
+from train.tasks.rows import BadRow
 
 MOST_BYTES = 1 << 30  # unpacked; the whole of SQuAD has 35 million
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.tokenizers import load_tokenizer
-from train.tokenizers_bpe import byte_alphabet
-from train.tokenizers_pieces import read_saved
-from train.tokenizers_sentencepiece import MODEL, SPACE
+from train.tokenizers.bpe import byte_alphabet
+from train.tokenizers.pieces import read_saved
+from train.tokenizers.sentencepiece import MODEL, SPACE
+from train.tokenizers.tokenizer import load_tokenizer
 
 CONFIG = "tokenizer_config.json"
 END_OF_BYTES = "<|endoftext|>"  # what id 256 of the raw bytes is called there

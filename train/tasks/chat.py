@@ -24,10 +24,10 @@ from model.transformer import Transformer
 from train.losses import cross_entropy
 from train.packing import alone, fill, pack
 from train.plugs import Batch, LossTerm, PyTree
-from train.tasks import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_of_split, rows_used
-from train.tasks_rows import BadRow, Row, RowFormat, keep_good, read_rows
-from train.tasks_translation import search, target_loss
-from train.tokenizers import Tokenizer
+from train.tasks.rows import BadRow, Row, RowFormat, keep_good, read_rows
+from train.tasks.task import TRAIN, Examples, Outputs, TaskFiles, resolved, rows_of_split, rows_used
+from train.tasks.translation import search, target_loss
+from train.tokenizers.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 PROMPT, ANSWER, MESSAGES = "prompt", "answer", "messages"
@@ -239,7 +239,7 @@ def encode(template: ChatTemplate, messages: Sequence[Message], tokenizer: Token
 
     Each message is encoded by itself, so that a conversation is the same ids however far it is.
 
-    >>> from train.tokenizers import load_tokenizer
+    >>> from train.tokenizers.tokenizer import load_tokenizer
     >>> said = [Message("user", "a"), Message("assistant", "b")]
     >>> bare = ChatTemplate("{text}", "{text}", ">", "{text}")
     >>> found = encode(bare, said, load_tokenizer("bytes"))

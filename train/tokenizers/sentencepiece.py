@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from train.tokenizers_pieces import PieceTokenizer, require_unicode, sha256, table_join
+from train.tokenizers.pieces import PieceTokenizer, require_unicode, sha256, table_join
 
 MODEL = "tokenizer.model"
 SPACE = "\u2581"  # how SentencePiece writes a space

@@ -32,8 +32,8 @@ from model.transformer import Transformer
 from train import plugs
 from train.data import MAX_WINDOWS, Batch
 from train.plugs import LossTerm, PyTree
-from train.tasks_rows import BadRow, Row, RowFormat, content_hash
-from train.tokenizers import Tokenizer
+from train.tasks.rows import BadRow, Row, RowFormat, content_hash
+from train.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import grain

@@ -45,11 +45,11 @@ from train.losses_span import (
     span_log_probabilities,
     span_losses,
 )
-from train.piece_offsets import Pieces, pieces_of
 from train.plugs import Batch, Context, LossTerm, PyTree, View
-from train.squad_files import Answer, Question, article_splits, file_of, read_squad
-from train.squad_words import shared_words
-from train.tasks import (
+from train.tasks.rows import BadRow, Row, RowFormat, content_hash, said_of
+from train.tasks.squad_files import Answer, Question, article_splits, file_of, read_squad
+from train.tasks.squad_words import shared_words
+from train.tasks.task import (
     SPLITS,
     TEST,
     TRAIN,
@@ -61,8 +61,8 @@ from train.tasks import (
     resolved,
     rows_used,
 )
-from train.tasks_rows import BadRow, Row, RowFormat, content_hash, said_of
-from train.tokenizers import Tokenizer
+from train.tokenizers.piece_offsets import Pieces, pieces_of
+from train.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from train.tokenizers_bpe import open_gpt2, open_tokenizer_json
-from train.tokenizers_llama2c import open_llama2c
-from train.tokenizers_pieces import RECORD, bytes_tokenizer, read_saved
-from train.tokenizers_sentencepiece import MODEL, open_sentencepiece, train_sentencepiece
+from train.tokenizers.bpe import open_gpt2, open_tokenizer_json
+from train.tokenizers.llama2c import open_llama2c
+from train.tokenizers.pieces import RECORD, bytes_tokenizer, read_saved
+from train.tokenizers.sentencepiece import MODEL, open_sentencepiece, train_sentencepiece
 
 __all__ = ["LOADERS", "Tokenizer", "load_tokenizer", "train_sentencepiece"]
 

@@ -27,7 +27,8 @@ from model.transformer import Transformer, features, head
 from train.losses import cross_entropy
 from train.losses_tasks import dropped, row_cross_entropy, row_squared_error
 from train.plugs import Batch, Context, LossTerm, PyTree, View
-from train.tasks import (
+from train.tasks.rows import BadRow, Row, keep_good, read_rows
+from train.tasks.task import (
     TRAIN,
     Examples,
     Outputs,
@@ -37,9 +38,8 @@ from train.tasks import (
     rows_of_split,
     rows_used,
 )
-from train.tasks_rows import BadRow, Row, keep_good, read_rows
-from train.tasks_text import columns_of, cut_ids, encode_rows
-from train.tokenizers import Tokenizer
+from train.tasks.text import columns_of, cut_ids, encode_rows
+from train.tokenizers.tokenizer import Tokenizer
 
 LABEL = "label"
 ONE, TWO = "{end}{text}{end}", "{end}{text}{end}{text2}{end}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.source_files import Piece, cut_text
+from train.text.source_files import Piece, cut_text
 
 READ = 256  # examples fetched at a time
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 
 class Pieces(NamedTuple):
@@ -52,7 +52,7 @@ def pieces_of(texts: Sequence[str], tokenizer: Tokenizer) -> list[Pieces]:
     Raises:
       ValueError: the tokenizer does not give a text back as it was.
 
-    >>> from train.tokenizers import load_tokenizer
+    >>> from train.tokenizers.tokenizer import load_tokenizer
     >>> pieces = pieces_of(["in 1066."], load_tokenizer("bytes"))[0]
     >>> pieces.span_of(3, 7), pieces.text_of(2, 6)
     ((3, 6), '1066')

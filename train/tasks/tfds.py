@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.source_tfds import READ, open_dataset, split_files
+from train.text.source_tfds import READ, open_dataset, split_files
 
 PREFIX = "tfds:"
 

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from train.tokenizers import Tokenizer
+    from train.tokenizers.tokenizer import Tokenizer
 
 # Small enough that a batch of pieces, with what tokenizers keep per token (about 100 bytes), is
 # nothing to a machine's memory; large enough that few words stand at a cut.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from train.tokenizers_pieces import PieceTokenizer, sha256, table_join
+from train.tokenizers.pieces import PieceTokenizer, sha256, table_join
 
 # Names under which the end of a document is looked for among the special tokens, in this order.
 END_OF_DOCUMENT = (

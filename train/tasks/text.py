@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.tasks_rows import Row
-from train.tokenizers import Tokenizer
+from train.tasks.rows import Row
+from train.tokenizers.tokenizer import Tokenizer
 
 END = "end"
 
@@ -38,7 +38,7 @@ def columns_of(template: str) -> tuple[str, ...]:
 def encode_rows(rows: Sequence[Row], template: str, tokenizer: Tokenizer) -> list[np.ndarray]:
     """Returns the ids of each row by the template, int32.
 
-    >>> from train.tokenizers import load_tokenizer
+    >>> from train.tokenizers.tokenizer import load_tokenizer
     >>> encode_rows([Row(1, {"text": "ab"})], "{end}{text}!", load_tokenizer("bytes"))[0].tolist()
     [256, 97, 98, 33]
     """

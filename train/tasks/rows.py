@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from train import tasks_tfds
+from train.tasks import tfds as tasks_tfds
 
 T = TypeVar("T")
 SHOWN = 3  # bad rows that a report names one by one
@@ -73,7 +73,7 @@ def read_rows(path: Path, form: RowFormat, wanted: Sequence[str]) -> Iterator[Ro
     """Yields the rows of a file, with what the task calls its columns.
 
     Args:
-      path: of the file, UTF-8; or a split of a TFDS dataset, see `train.tasks_tfds`.
+      path: of the file, UTF-8; or a split of a TFDS dataset, see `train.tasks.tfds`.
       form: how it is read.
       wanted: columns, as the task calls them.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from train.tokenizers_pieces import PieceTokenizer
-from train.tokenizers_sentencepiece import SPACE, open_sentencepiece
+from train.tokenizers.pieces import PieceTokenizer
+from train.tokenizers.sentencepiece import SPACE, open_sentencepiece
 
 _FIRST = ("<unk>", "<s>", "</s>")
 _BYTES = range(3, 259)

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.source_files import FILE_KINDS, Piece, file_kind
+from train.text.source_files import FILE_KINDS, Piece, file_kind
 
 if TYPE_CHECKING:
-    from train.tokenizers import Tokenizer
+    from train.tokenizers.tokenizer import Tokenizer
 
 STDLIB_BYTES = 8_000_000  # a corpus that tokenizes in seconds, and outlasts a demo's few epochs
 # Folders that are tests, or not the library's own code.
@@ -241,7 +241,7 @@ def open_standard_library(rest: str = "") -> Source:
 
 def open_tfds(rest: str) -> Source:
     """``NAME[/CONFIG][:VERSION][@DATA_DIR][#[SPLIT/]FIELD]``, prepared as array_record."""
-    from train.source_tfds import open_examples, parse_tfds, read_examples
+    from train.text.source_tfds import open_examples, parse_tfds, read_examples
 
     spec = parse_tfds(rest)
     examples, paths = open_examples(spec)

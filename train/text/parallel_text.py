@@ -1,6 +1,6 @@
 """Parallel text: two files of lines, `.gz` or plain, of which line n of one translates line n.
 
-Lines that are empty or no UTF-8 are bad rows, with their numbers (`train.tasks_rows`).
+Lines that are empty or no UTF-8 are bad rows, with their numbers (`train.tasks.rows`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.tasks_rows import BadRow, Row
+from train.tasks.rows import BadRow, Row
 
 SOURCE, TARGET = "source", "target"
 SIDES = (SOURCE, TARGET)

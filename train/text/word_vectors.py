@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.plugs import PyTree
-from train.tokenizers import Tokenizer
+from train.tokenizers.tokenizer import Tokenizer
 
 LONGEST_WORD = 4096  # bytes; a binary file whose word goes on longer is none
 
