@@ -32,13 +32,13 @@ import jax
 from experiments.cli import named_pairs, parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.methods.table import METHODS
+from experiments.run_names import parse_parent
 from experiments.runs.execute import execute
 from experiments.runs.execution import Execution
-from experiments.runs.names import parse_parent
 from experiments.runs.run import open_run
-from experiments.runs.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
-from experiments.tasks.data import open_task
-from experiments.tasks.report import describe_report, report_task
+from experiments.runs.task_data import open_task
+from experiments.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
+from experiments.task_report import describe_report, report_task
 from experiments.tasks.table import TASKS
 from model.config import TransformerConfig
 from model.presets import PRESETS, modern_mini

@@ -23,7 +23,7 @@ from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.retrieval import Hits, Index, build_index, recall_at
 from experiments.runs.run import Run, open_run
-from experiments.tasks.report import outputs_of
+from experiments.task_report import outputs_of
 from experiments.tasks.squad_metrics import answers_of, squad_scores
 from train.tasks.rows import content_hash
 from train.tasks.squad import Squad, row_of

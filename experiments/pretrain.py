@@ -20,12 +20,12 @@ from typing import Any, Literal
 from experiments.cli import parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.methods.table import METHODS
+from experiments.run_names import parse_parent
 from experiments.runs.execute import Execution, execute
-from experiments.runs.names import parse_parent
 from experiments.runs.phases import grown_config, parse_phases
 from experiments.runs.prepare import open_data, steps_per_epoch
 from experiments.runs.run import open_run
-from experiments.runs.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
+from experiments.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
 from model.config import TransformerConfig
 from model.grow import How
 from model.presets import PRESETS, modern_mini
@@ -55,7 +55,7 @@ class Pretrain:
       from_run: "RUN" or "RUN@STEP": start with the model, parameters and tokenizer of that
         checkpoint; optimizer state, schedule and data order start anew. Also "hf:FOLDER",
         "llama2c:FILE.bin" with its --tokenizer, or "vectors:FILE" (word2vec or GloVe, as the
-        embedding of --model); see `experiments.runs.starts`.
+        embedding of --model); see `experiments.starts`.
       grow: fields of the parent's model that grow, as in layers=8,width=256; see `model.grow`.
       steps: updates.
       phases: what comes before the settings given here hold, "STEPS:FIELD=VALUE,..." each: that

@@ -14,8 +14,8 @@ import pytest
 
 from experiments import evaluate, generate
 from experiments.evaluate import protocol_of
+from experiments.run_names import parse_parent
 from experiments.runs.execute import Execution, execute
-from experiments.runs.names import parse_parent
 from experiments.runs.run import open_run, phase_at, read_settings
 from model.presets import gpt2_tiny
 from train.loop import LoopSettings

@@ -14,8 +14,8 @@ from experiments.methods.lora import Lora
 from experiments.methods.table import Freeze
 from experiments.runs.execute import Execution, execute
 from experiments.runs.run import best_step, open_run
-from experiments.runs.starts import start_run
-from experiments.tasks.report import report_task
+from experiments.starts import start_run
+from experiments.task_report import report_task
 from model.llama2c import load
 from model.presets import gpt2_tiny, modern_mini
 from tests import test_llama2c

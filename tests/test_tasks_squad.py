@@ -12,7 +12,7 @@ from experiments.open_qa import OpenQa, answer_open, run_command
 from experiments.retrieval import build_index
 from experiments.runs.execute import Execution, execute
 from experiments.runs.run import open_run
-from experiments.tasks.report import report_task
+from experiments.task_report import report_task
 from experiments.tasks.squad_metrics import squad_scores
 from model.presets import gpt2_tiny
 from model.transformer import Transformer, features

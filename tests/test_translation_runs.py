@@ -15,7 +15,7 @@ from experiments.methods.lora import Lora
 from experiments.runs.execute import execute
 from experiments.runs.execution import Execution
 from experiments.runs.run import open_run
-from experiments.tasks.report import report_task
+from experiments.task_report import report_task
 from model.build import build_model
 from model.generate import Sampling
 from model.presets import encoder_decoder_tiny, modern_tiny

@@ -125,7 +125,7 @@ def search(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns BLEU of the test pairs by one search, with its signature, and what it took."""
     # Imported late: a table is asked for its cells with every command.
     from experiments.runs.run import open_run
-    from experiments.tasks.report import outputs_of
+    from experiments.task_report import outputs_of
     from experiments.tasks.translation_metrics import signatures, translation_metrics
 
     run = open_run(folder / settings["run"])

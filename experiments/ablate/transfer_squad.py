@@ -31,7 +31,7 @@ from experiments.grid import Cell, Measurement
 from experiments.tables.margins import margin
 from experiments.tables.markdown import grid, spread
 from experiments.tables.table import Item, Request, Results, Table
-from experiments.tasks.report import report_task
+from experiments.task_report import report_task
 from experiments.tasks.squad_floor import LONGEST, floor_scores
 from model.config import TransformerConfig
 from model.presets import modern_mini
@@ -145,7 +145,7 @@ def tested(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Measures the best checkpoint of a run, once, on the test articles.
 
     Returns:
-      Figures of `experiments.tasks.report`, and `curve`: what each evaluation found.
+      Figures of `experiments.task_report`, and `curve`: what each evaluation found.
     """
     folder = cells / settings["run"]
     curve = [

@@ -30,7 +30,7 @@ from experiments.methods.lora import Lora
 from experiments.methods.table import Freeze
 from experiments.runs.run import config_for, open_run
 from experiments.tables.table import Item, Request
-from experiments.tasks.report import report_task
+from experiments.task_report import report_task
 from model.config import TransformerConfig
 from model.presets import modern_mini
 from train.loop import LoopSettings
@@ -232,7 +232,7 @@ def measure_test(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Measures the best checkpoint of a run, once, on the test split.
 
     Returns:
-      Figures of `experiments.tasks.report`, and `curve`: (step, validation accuracy) of each
+      Figures of `experiments.task_report`, and `curve`: (step, validation accuracy) of each
       evaluation.
     """
     folder = cells / settings["run"]

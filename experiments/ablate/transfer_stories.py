@@ -32,9 +32,9 @@ from experiments.methods.lora import Lora
 from experiments.replay import samples, write_tokens
 from experiments.runs.phases import grown_config
 from experiments.runs.run import Run, open_run
-from experiments.runs.starts import from_llama2c
+from experiments.starts import from_llama2c
 from experiments.tables.table import Item, Request
-from experiments.tasks.report import sizes
+from experiments.task_report import sizes
 from model.build import build_model
 from model.config import TransformerConfig
 from model.grow import grow

@@ -31,7 +31,7 @@ from experiments.methods.teacher import (
     check_reads_alike,
     resolve_teacher,
 )
-from experiments.runs.names import folder_of
+from experiments.run_names import folder_of
 from model.config import config_from_dict
 from train.cache import default_cache
 from train.methods import OpenRun, Plugs, Reading, Setup

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from compress.export.stored import abstract_from, describe
-from experiments.runs.names import folder_of
+from experiments.run_names import folder_of
 from model.config import TransformerConfig
 from model.flops import abstract_params
 from train.methods import OpenRun

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from compress.distillation.logits import check_vocabularies
-from experiments.runs.names import folder_of
+from experiments.run_names import folder_of
 from model.config import TransformerConfig
 from model.flops import abstract_params
 from train.methods import OpenRun

@@ -20,7 +20,7 @@ from experiments.runs.assemble import Parts, averages
 from experiments.runs.layout import Layout, everywhere, own_rows, place
 from experiments.runs.prepare import Corpora, check_lengths, describe, open_data
 from experiments.runs.run import open_named, phase_at
-from experiments.tasks.data import TaskData, describe_task, open_task
+from experiments.runs.task_data import TaskData, describe_task, open_task
 from experiments.tasks.table import REPORTS
 from model.transformer import Model
 from train.data import batches as batch_dataset

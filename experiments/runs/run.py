@@ -25,6 +25,7 @@ import jax
 from compress.export.stored import abstract_from
 from experiments.json_files import read_json
 from experiments.methods.table import METHODS
+from experiments.run_names import parse_parent
 from experiments.runs.assemble import (
     abstract_frozen,
     abstract_state,
@@ -33,7 +34,6 @@ from experiments.runs.assemble import (
     effective_weights,
     read_frozen,
 )
-from experiments.runs.names import parse_parent
 from experiments.tasks.table import TASKS
 from model.build import build_model
 from model.config import TransformerConfig

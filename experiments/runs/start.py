@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from compress.export.stored import is_packed
 from compress.lora import adapted_paths, merged
+from experiments.run_names import parse_parent
 from experiments.runs.assemble import (
     Parts,
     abstract_frozen,
@@ -34,7 +35,6 @@ from experiments.runs.layout import (
     of_state,
     placed,
 )
-from experiments.runs.names import parse_parent
 from experiments.runs.phases import enter_phase
 from experiments.runs.run import config_for, open_named, open_run, phase_at
 from model.config import TransformerConfig

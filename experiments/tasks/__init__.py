@@ -1,1 +1,1 @@
-"""Tasks: their data, their metrics and reports, and the table of them."""
+"""Tasks: what is reported of each, its metrics, and the table of them."""

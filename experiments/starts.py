@@ -19,7 +19,7 @@ from experiments import word_vectors
 from experiments.convert import from_huggingface, write_converted
 from experiments.folders import check_free
 from experiments.json_files import read_json
-from experiments.runs.names import parse_parent
+from experiments.run_names import parse_parent
 from experiments.runs.prepare import keep_tokenizer
 from experiments.runs.run import read_settings
 from model import llama2c

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.json_files import write_json
+from experiments.run_names import parse_parent
 from experiments.runs.assemble import abstract_state, assemble
-from experiments.runs.names import parse_parent
 from experiments.runs.run import Run, best_step, open_run, read_settings
 from experiments.runs.run import phase_at as phase_of
-from experiments.tasks.data import read_task
+from experiments.runs.task_data import read_task
 from experiments.tasks.table import REPORTS
 from model.heads import without_heads
 from train.corpus import build_corpus
