@@ -41,8 +41,14 @@ from experiments.json_files import read_json, write_json
 from experiments.methods.lora import Lora
 from experiments.methods.lora_base import BASE
 from experiments.methods.tuning import Unfreeze
-from experiments.runs.assemble import abstract_frozen, abstract_state, assemble, read_frozen
-from experiments.runs.run import Run, config_for, open_run, phase_at
+from experiments.runs.assemble import (
+    abstract_frozen,
+    abstract_state,
+    assemble,
+    averages,
+    read_frozen,
+)
+from experiments.runs.run import Run, averaged_weights, config_for, open_run, phase_at
 from model.heads import heads_of, without_heads
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.checkpoints import Checkpoints
@@ -95,7 +101,10 @@ def save_adapter(run_folder: Path, out: Path, step: int | None = None) -> list[s
     parts = assemble(settings, config_for(phase, run.tokenizer))
     _check_alone(run, [transform.name for transform in parts.plugs.transforms])
     with Checkpoints(run.folder / "checkpoints", mode="read") as checkpoints:
-        found = checkpoints.restore_part("params", abstract_state(settings, parts).params, run.step)
+        state = abstract_state(settings, parts)
+        found = checkpoints.restore_part("params", state.params, run.step)
+        if averages(settings):
+            found = averaged_weights(checkpoints, state, found)
     frozen = read_frozen(run.folder, abstract_frozen(settings, parts), found.info.get("frozen"))
     trained = {name: tree for name, tree in found.state.items() if name != MTP}
     arrays = {path: np.asarray(leaf, order="C") for path, leaf in flat(trained).items()}
@@ -183,7 +192,7 @@ def apply_adapters(run: Run, adapters: Sequence[tuple[Adapter, float]]) -> PyTre
     for adapter, weight in adapters:
         scale = functools.partial(_scale, adapter.method, weight)
         params = attach(_beside(params, adapter.params), scale)
-    return params
+    return {**heads_of(run.params), **params}
 
 
 def _scale(method: Lora, weight: float, rank: int) -> float:
@@ -254,7 +263,9 @@ def _checked(run: Run, adapter: Adapter) -> PyTree:
     if adapter.method.base_run is not None:  # which is the run itself, quantized as it is
         _same_weights(run, adapter, run.params)
         return run.params
-    params = pad_vocabulary(merged(run.params), base["vocabulary_multiple"])
+    # A run that starts from another leaves the head of that one's task out, or trains it on, and
+    # the adapter holds it then.
+    params = pad_vocabulary(without_heads(merged(run.params)), base["vocabulary_multiple"])
     if any(is_qtensor(w) for w in jax.tree.leaves(params, is_leaf=is_qtensor)):
         raise ValueError(f"{run.folder} is quantized; give the plain run that it was made of")
     also = jax.tree.map(lambda leaf: False, params)

@@ -22,9 +22,9 @@ from compress.lora import adapted_paths, merged
 from compress.quantization.quantize import dequantize_params
 from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
-from experiments.json_files import write_json
+from experiments.json_files import read_json, write_json
 from experiments.runs.run import open_run
-from experiments.tasks.labels import labels_of, task_of, template_of
+from experiments.tasks.labels import MEAN, in_own_units, labels_of, task_of
 from model import huggingface, huggingface_files
 from model.config import TransformerConfig
 from model.heads import without_heads
@@ -33,6 +33,8 @@ from parallel.vocabulary import strip_vocabulary
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, to_json
 from train.step import init_state
+from train.tasks.regression import Regression
+from train.tasks.rowwise import template_for
 from train.tokenizers.export import export_files
 from train.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -92,15 +94,18 @@ def to_huggingface(
         files, about = {}, f"tokenizer    left out: {error}"
     end = run.tokenizer.end_of_document  # starts a document as well: there is nothing before it
     with made_at_once(out) as folder:
-        extra = {"eos_token_id": end, "bos_token_id": end}
+        extra: dict[str, Any] = {"eos_token_id": end, "bos_token_id": end}
         if (labels := labels_of(run.settings.task)) is None:
             huggingface.save(
                 folder, run.model.config, without_heads(params), dtype=dtype, extra=extra
             )
         else:
             # No row may end with the token that fills rows up: see model.huggingface_classifier.
-            template = template_of(run.settings.task)
+            template = template_for(run.settings.task)
             pad = end if not template.endswith("{end}") else int(end == 0)
+            if isinstance(run.settings.task, Regression):
+                params, extra[MEAN], about_mean = in_own_units(run.settings.task, params)
+                notes = [*notes, about_mean]
             args = (folder, run.model.config, params, labels)
             save_classifier(*args, pad_token=pad, dtype=dtype, extra=extra)
             notes = [*notes, f"             of rows {template!r}, filled up with token {pad}"]
@@ -140,7 +145,7 @@ def from_huggingface(
     task = None
     if is_classifier(folder):
         config, params, labels, _ = load_classifier(folder, dtype=dtype)
-        task = task_of(labels)
+        task = task_of(labels, float(read_json(folder / huggingface_files.CONFIG).get(MEAN, 0.0)))
     else:
         config, params = huggingface.load(folder, dtype=dtype)
     kept, params = _without_padding(config, params, pieces, folder)

@@ -31,7 +31,7 @@ import jax
 
 from experiments.cli import named_pairs, parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
-from experiments.methods.table import METHODS
+from experiments.methods.table import METHODS, check_task
 from experiments.run_names import parse_parent
 from experiments.runs.execute import execute
 from experiments.runs.execution import Execution
@@ -39,8 +39,10 @@ from experiments.runs.run import open_run
 from experiments.runs.task_data import open_task
 from experiments.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
 from experiments.task_report import describe_report, report_task
+from experiments.tasks.labels import as_its_head_reads
 from experiments.tasks.table import TASKS
 from model.config import TransformerConfig
+from model.encoder_decoder import EncoderDecoderConfig
 from model.presets import PRESETS, modern_mini
 from parallel.agreement import is_main
 from train.loop import LoopSettings
@@ -50,6 +52,7 @@ from train.schedules import SCHEDULES
 from train.settings import Phase, Settings
 from train.tasks.rows import RowFormat
 from train.tasks.task import TRAIN, TaskFiles
+from train.text.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ def settings_of(command: Finetune, methods: tuple[Any, ...] = ()) -> tuple[Setti
         )
     paths = named_pairs("data", command.data)
     files = TaskFiles(paths, form, share=command.share, share_seed=command.seed)
+    check_task(methods, command.task)
     task = dataclasses.replace(command.task, files=files).resolve()
     fresh = command.model
     if fresh.positions == "rotary":  # has no table to outgrow
@@ -161,9 +165,18 @@ def settings_of(command: Finetune, methods: tuple[Any, ...] = ()) -> tuple[Setti
         model, tokenizer = fresh, command.tokenizer or PIECES
     else:
         run = open_run(*parse_parent(parent))
+        if getattr(command.task, "mean", None) is None:  # what was given stays
+            task = as_its_head_reads(task, run.settings.task)
         model, tokenizer = run.model.config, str(run.folder / "tokenizer")
         if not of_vectors and command.model not in (model, modern_mini()):
             raise ValueError(f"a start from {command.start} keeps its model; leave --model out")
+        if command.forgetting is not None:
+            if isinstance(model, EncoderDecoderConfig):
+                raise ValueError(
+                    "forgetting is measured on running text, which an encoder-decoder does not "
+                    "read; leave --forgetting out"
+                )
+            open_source(command.forgetting)  # refuses what is not there, before anything trains
     if command.dropout is not None:
         model = dataclasses.replace(model, dropout=command.dropout)
     steps = 1 if command.steps is None else command.steps

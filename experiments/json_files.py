@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +30,13 @@ def write_text(path: Path, text: str) -> None:
     """Writes text under a temporary name, then renames it."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes one JSON value a line, under a temporary name that is then changed."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(temporary, path)

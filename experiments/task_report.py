@@ -7,9 +7,7 @@ predictions-SPLIT.json     the same as others read it, where a task has such a f
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.json_files import write_json
+from compress.export.stored import is_packed
+from experiments.json_files import write_json, write_lines
 from experiments.run_names import parse_parent
 from experiments.runs.assemble import abstract_state, assemble
 from experiments.runs.run import Run, best_step, open_run, read_settings
@@ -66,7 +65,7 @@ def report_task(out: Path, forgetting: str | None = None) -> dict[str, Any]:
             outputs = outputs_of(run, examples, phase.batch_size)
             figures[split] = REPORTS[task.name].metrics(task, examples, outputs, run.tokenizer)
             rows = list(REPORTS[task.name].predictions(task, examples, outputs, run.tokenizer))
-            _write_lines(out / f"predictions-{split}.jsonl", rows)
+            write_lines(out / f"predictions-{split}.jsonl", map(plain, rows))
             if (whole := REPORTS[task.name].whole) is not None:
                 write_json(out / f"predictions-{split}.json", whole(rows))
     if notes := REPORTS[task.name].notes(task):
@@ -129,9 +128,10 @@ def sizes(run: Run) -> dict[str, int]:
     parts = assemble(run.settings, run.model.config)
     state = abstract_state(run.settings, parts)
     trained = jax.tree.leaves(state.params)
+    leaves = jax.tree.leaves(run.params, is_leaf=is_packed)
     return {
         "trained_parameters": sum(leaf.size for leaf in trained),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
+        "parameters": sum(math.prod(w.shape) for w in leaves),
         "gradient_bytes": sum(map(_bytes, trained)),
         "optimizer_bytes": sum(map(_bytes, jax.tree.leaves(state.optimizer))),
     }
@@ -162,11 +162,3 @@ def describe_report(out: Path, settings: Settings, figures: dict[str, Any]) -> l
     lines += [f"{name:<12}{note}" for name, note in figures.get("notes", {}).items()]
     split = TEST if TEST in figures else VALID
     return [*lines, f"rows        {out / f'predictions-{split}.jsonl'}"]
-
-
-def _write_lines(path: Path, rows: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
-    os.replace(temporary, path)

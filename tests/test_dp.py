@@ -22,6 +22,7 @@ from train.plugs import Context
 from train.privacy import spent
 from train.schedules import Constant
 from train.settings import Phase, Settings
+from train.tasks.regression import Regression
 
 CONFIG = gpt2_tiny(scan_layers=True, dropout=0.0, layers=1)
 B, T = 4, 6
@@ -188,3 +189,12 @@ def test_a_run_says_what_it_spent_and_adapts(tmp_path, monkeypatch, capsys):
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert all(0 <= row["clipped"] <= 1 for row in rows if row["kind"] == "train")
+
+
+def test_units_of_a_regression_are_given_not_read():
+    """Mean and scale of the private numbers would stand in every target."""
+    method = DpSgd()
+    method.check_task(None)
+    method.check_task(Regression(mean=3.0, scale=1.0))
+    with pytest.raises(ValueError, match=r"--task\.mean and --task\.scale"):
+        method.check_task(Regression(mean=3.0))

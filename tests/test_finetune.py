@@ -24,7 +24,8 @@ from train.loop import LoopSettings, out_of_patience
 from train.optimizers import AdamW
 from train.schedules import Constant, Linear
 from train.settings import Phase, Settings
-from train.tasks.classification import Classification, Regression
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
 from train.tasks.task import TaskFiles
 from train.tokenizers.tokenizer import train_sentencepiece
 
@@ -310,3 +311,9 @@ def test_llama2c_weights_become_a_run(tmp_path, monkeypatch):
         start_run(f"llama2c:{path}", tmp_path / "other")
     with pytest.raises(ValueError, match="has 260 ids and the tokenizer bytes has 257"):
         start_run(f"llama2c:{path}", tmp_path / "other", "bytes")
+
+
+def test_forgetting_is_checked_before_anything_trains(files, parent, tmp_path):
+    given = command(files, tmp_path / "run", start=str(parent), tokenizer=None, model=modern_mini())
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        settings_of(dataclasses.replace(given, forgetting=str(tmp_path / "nowhere.txt")))

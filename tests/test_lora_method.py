@@ -10,7 +10,14 @@ import pytest
 
 from compress.lora import adapted_paths, merged
 from compress.quantization.quantize import is_qtensor
-from experiments.adapters import Adapters, adapted_run, load_adapter, run_command, save_adapter
+from experiments.adapters import (
+    Adapters,
+    adapted_run,
+    apply_adapters,
+    load_adapter,
+    run_command,
+    save_adapter,
+)
 from experiments.convert import to_huggingface
 from experiments.methods.compression import FakeQuantize
 from experiments.methods.lora import Lora
@@ -158,6 +165,29 @@ def test_an_adapter_alone_is_the_run(home, tmp_path, method):
         r.model.apply({"params": r.params}, tokens) for r in (run, open_run(tmp_path / "merged"))
     ]
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_averaged_weights_is_the_run(home, tmp_path):
+    plan = settings_of(home, Lora(rank=2), parent=home / "base", seed=5)
+    optimizer = dataclasses.replace(plan.optimizer, tail_fraction=1.0)
+    config = open_run(home / "base").model.config
+    phases = (dataclasses.replace(plan.phases[0], model=config),)
+    execute(dataclasses.replace(plan, optimizer=optimizer, phases=phases), tmp_path / "run", QUIET)
+    save_adapter(tmp_path / "run", tmp_path / "adapter")
+    again = adapted_run(home / "base", None, [str(tmp_path / "adapter")])
+    run = open_run(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
+
+
+def test_a_base_may_have_a_head_that_the_adapter_never_saw(home, tmp_path):
+    out = run_of(home, "beside-head", Lora(rank=2))
+    save_adapter(out, tmp_path / "adapter")
+    base = open_run(home / "base")
+    score = {"kernel": jnp.ones((base.model.config.width, 2))}
+    headed = dataclasses.replace(base, params={**base.params, "score": score})
+    params = apply_adapters(headed, [(load_adapter(tmp_path / "adapter"), 1.0)])
+    jax.tree.map(np.testing.assert_array_equal, params["score"], score)
+    jax.tree.map(np.testing.assert_array_equal, params["blocks"], open_run(out).params["blocks"])
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.methods.replay import Replay
 from experiments.replay import ROWS, main, samples, write_tokens
+from experiments.runs.assemble import abstract_state, assemble
 from experiments.runs.execute import Execution, execute
 from experiments.runs.prepare import open_data
 from experiments.runs.run import open_run, read_settings
@@ -177,6 +178,16 @@ def test_a_run_resumes_bitwise(replayed, tmp_path):
         file.write("more of it")
     with pytest.raises(ValueError, match=r"the data has changed"):
         execute(replayed, tmp_path / "whole", QUIET)
+
+
+def test_the_head_of_the_language_model_trains_on(files, parent, tmp_path):  # noqa: F811
+    """An untied head has a part in the loss of old text, and none without it."""
+    config = gpt2_tiny(tied_head=False)
+    settings = settings_for(files, phases=(Phase(1, config, 4, T),))
+    for methods, trains in (((Replay("x", length=8),), True), ((), False)):
+        made = dataclasses.replace(settings, methods=methods, task=settings.task.resolve())
+        parts = assemble(made, dataclasses.replace(config, vocabulary_size=257))
+        assert ("head" in abstract_state(made, parts).params) == trains
 
 
 @pytest.mark.slow

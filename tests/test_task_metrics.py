@@ -10,7 +10,8 @@ from experiments.tasks.metrics import (
     number_metrics,
     number_predictions,
 )
-from train.tasks.classification import Classification, Regression
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
 from train.tasks.rows import Row
 from train.tasks.task import Examples
 
@@ -47,6 +48,14 @@ def test_a_class_that_is_missing_from_a_split_is_no_error():
     found = class_metrics(task, examples(labels=labels), {"logits": logits}, None)
     assert found["accuracy"] == 1
     assert np.isfinite(list(found.values())).all()
+
+
+def test_macro_f1_is_over_all_labels():
+    """Also over one that no row has and no guess names."""
+    task = Classification(labels=("a", "b", "c"))
+    examples = Examples({"labels": np.array([0, 1])}, [], [], 0)
+    found = class_metrics(task, examples, {"logits": np.eye(3)[:2]}, None)
+    assert found["f1"] == pytest.approx(2 / 3)
 
 
 def test_calibration_error_is_the_gap_between_promise_and_truth():

@@ -16,7 +16,8 @@ from model.transformer import Transformer
 from train.losses import counts_of, loss_function
 from train.plugs import Context
 from train.settings import Phase, Settings, from_json, to_json
-from train.tasks.classification import Classification, Regression
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
 from train.tasks.rows import Row, RowFormat
 from train.tasks.task import TaskFiles, pad_rows, task_batches, task_evaluation_batches
 from train.tasks.text import columns_of, encode_rows
@@ -115,6 +116,32 @@ def test_templates():
     for wrong, why in (("{end}", "no column"), ("{text", "is none"), ("{text.a}", "names no col")):
         with pytest.raises(ValueError, match=why):
             columns_of(wrong)
+
+
+def test_of_a_pair_the_longer_text_is_cut(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"text,text2,label\n{'a' * 70},{'b' * 10},yes\n{'a' * 5},{'b' * 70},no\n")
+    form = RowFormat(columns=(("text2", "text2"),))
+    found = arrays_of(Classification(TaskFiles((("train", str(path)),), form)).resolve(), length=24)
+    assert found.cut == 2
+    end = [256]
+    first, second = found.arrays["tokens"].tolist()
+    assert first == [*end, *b"a" * 11, *end, *b"b" * 10, *end]
+    assert second == [*end, *b"a" * 5, *end, *b"b" * 16, *end]
+    with pytest.raises(ValueError, match="rows of 4 tokens hold no text in 5 parts"):
+        arrays_of(Classification(TaskFiles((("train", str(path)),), form)).resolve(), length=4)
+
+
+def test_labels_may_be_called_otherwise(files):
+    names = (("yes", "POSITIVE"), ("no", "NEGATIVE"))
+    task = Classification(files, rename=names).resolve()
+    assert task.labels == ("NEGATIVE", "POSITIVE")
+    plain = arrays_of(Classification(files).resolve()).arrays["labels"]
+    np.testing.assert_array_equal(arrays_of(task).arrays["labels"], plain)
+    with pytest.raises(ValueError, match="rename gives GOOD; the labels are no, yes"):
+        Classification(files, labels=("no", "yes"), rename=(("yes", "GOOD"),)).resolve()
+    with pytest.raises(ValueError, match="label twice"):
+        Classification(files, rename=(("yes", "a"), ("yes", "b")))
 
 
 def test_rows_are_cut_and_keep_their_end(files):

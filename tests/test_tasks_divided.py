@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from model.presets import modern_tiny
-from train.tasks.classification import Classification, Regression
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
 from train.tasks.rows import RowFormat
 from train.tasks.task import TaskFiles
 from train.tokenizers.tokenizer import load_tokenizer

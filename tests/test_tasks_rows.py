@@ -60,6 +60,8 @@ BAD = {
     "b.jsonl": ('{"text": "a", "label": 1}\n{"text": null, "label": 0}\n', [2]),
     "b.tsv": (b"text\tlabel\nd\xe9j\xe0 vu\t1\nfine\t0\n", [2]),
     "a.csv": ('text,label\n"a"b,1\nfine,0\n', [2]),
+    "b.csv": ('text,label\n"two\nlines",0\n"open,1\ngood,1\nfine,0\n', [4]),
+    "c.jsonl": ('{"label": 1}\n{"text": "a", "label": 1}\n', [1]),
 }
 
 

@@ -11,7 +11,8 @@ import pytest
 from experiments.tasks.translation_metrics import scored, signatures, translation_metrics
 from experiments.tasks.translation_metrics import translation_predictions as predictions
 from model.build import build_model
-from model.presets import encoder_decoder_tiny, modern_tiny
+from model.presets import encoder_decoder_tiny, gpt2_tiny, modern_tiny
+from model.transformer import Transformer
 from train.losses import counts_of, loss_function
 from train.plugs import Context
 from train.tasks.rows import RowFormat
@@ -189,3 +190,21 @@ def test_bleu_is_sacrebleus_with_its_signature():
     assert 0 < half["bleu"] < 100
     assert half["length_ratio"] == pytest.approx(8 / 10)
     assert "tok:13a" in signatures()["bleu"]
+
+
+def test_learned_positions_leave_room_for_the_translation(tmp_path):
+    """A source as long as a row is cut, and every other row keeps its own."""
+    long, short = "x" * 60, "ab"
+    task = Translation(files(tmp_path, [(long, "AB"), (short, "AB")]), form="prefix_lm").resolve()
+    config = gpt2_tiny(vocabulary_size=257, max_length=64)
+    model = Transformer(config)
+    batch = {k: jnp.asarray(v) for k, v in task.examples("valid", TOKENIZER, 64).arrays.items()}
+    params = model.init(jax.random.key(0), batch["tokens"][:, :4])["params"]
+    found = jax.jit(task.outputs(model))(params, batch)
+    assert found["translation"].shape[1] == 64 // 3
+    alone = jax.jit(task.outputs(model))(
+        params, {k: v[1:, :16] if v.ndim > 1 else v[1:] for k, v in batch.items()}
+    )
+    n = int(alone["translation_lengths"][0])
+    same = min(n, 64 // 3)
+    np.testing.assert_array_equal(found["translation"][1, :same], alone["translation"][0, :same])

@@ -88,7 +88,9 @@ def multi_token(model: Transformer, k: int, weight: float | Callable[..., Any]) 
         return ahead(batch, k)[1].sum()
 
     # Prepared apart so that rows which are cut out of order, as over `context`, are refused.
-    return LossTerm(f"{KEY}_{k}", total, count, weight, "features", prepare=_nothing)
+    return LossTerm(
+        f"{KEY}_{k}", total, count, weight, "features", prepare=_nothing, reads_head=True
+    )
 
 
 def _nothing(batch: Batch, context: Context) -> Batch:

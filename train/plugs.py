@@ -99,6 +99,7 @@ class LossTerm:
       padded: whether `total` takes logits [N, V + padding] of a padded vocabulary, where padding
         has the lowest number that there is: nothing to a softmax. Without it they are cut off,
         which costs a pass over them, and one over their gradient.
+      reads_head: whether `total` over features reads the language model's own head by itself.
     """
 
     name: str
@@ -109,6 +110,7 @@ class LossTerm:
     capture: tuple[str, ...] = ()
     prepare: Callable[[Batch, Context], Batch] | None = None
     padded: bool = False
+    reads_head: bool = False
 
 
 def _no_extra(params: PyTree, frozen: PyTree) -> PyTree:

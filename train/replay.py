@@ -92,4 +92,4 @@ def replay(model: Transformer, weight: Any = 1.0) -> LossTerm:
     def count(batch: Batch) -> jax.Array:
         return inner.count(text_of(batch))
 
-    return LossTerm(NAME, total, count, weight, over="features")
+    return LossTerm(NAME, total, count, weight, over="features", reads_head=True)

@@ -26,8 +26,9 @@ from experiments.ablate import transfer_sst2_report as sst2_report
 from experiments.grid import Measurement, without_folders
 from experiments.tables.table import Item, Request, Results, Table
 from train.settings import digest, essential
-from train.tasks.classification import LABEL, Classification, template_for
+from train.tasks.classification import Classification
 from train.tasks.rows import RowFormat
+from train.tasks.rowwise import LABEL, template_for
 from train.tasks.task import SPLITS, TEST, TRAIN, VALID, TaskFiles
 from train.tasks.text import columns_of
 from train.tasks.translation import Translation

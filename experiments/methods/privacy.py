@@ -19,6 +19,7 @@ from train.dp import per_example
 from train.methods import Plugs, Setup
 from train.privacy import spent
 from train.settings import Settings
+from train.tasks.regression import Regression
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class DpSgd:
         per_example(self.clip, self.noise)
         if self.delta is not None and not 0 < self.delta < 1:
             raise ValueError(f"delta is {self.delta}; it must be above 0 and below 1")
+
+    def check_task(self, task: Any) -> None:
+        """Raises ValueError for a regression whose units would be read off its private numbers."""
+        if isinstance(task, Regression) and (task.mean is None or task.scale is None):
+            raise ValueError(
+                "mean and scale of the training numbers would go into every target, unnoised; give "
+                "both from elsewhere: --task.mean and --task.scale"
+            )
 
     def build(self, setup: Setup) -> Plugs:
         """Makes the gradient function.

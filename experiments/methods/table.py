@@ -90,6 +90,7 @@ def resolve(settings: Settings, saved: Settings | None, open_run: OpenRun) -> Se
     Raises:
       ValueError: a method or a task that lacks what it needs.
     """
+    check_task(settings.methods, settings.task)
     before = {} if saved is None else {method.name: method for method in saved.methods}
     methods = tuple(
         method.resolve(before.get(method.name), open_run) if hasattr(method, "resolve") else method
@@ -97,6 +98,13 @@ def resolve(settings: Settings, saved: Settings | None, open_run: OpenRun) -> Se
     )
     task = None if settings.task is None else settings.task.resolve()
     return dataclasses.replace(settings, methods=methods, task=task)
+
+
+def check_task(methods: Sequence[Any], task: Any) -> None:
+    """Raises ValueError if a method cannot work with a task, as it was given."""
+    for method in methods:
+        if hasattr(method, "check_task"):
+            method.check_task(task)
 
 
 def check_tokenizer(settings: Settings, tokenizer: Tokenizer) -> None:

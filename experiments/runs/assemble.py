@@ -97,7 +97,7 @@ def _of_task(
     """
     if settings.task is None:
         return ()
-    used = any(term.over == "logits" for term in terms)
+    used = any(term.over == "logits" or term.reads_head for term in terms)
 
     def split(params: PyTree) -> tuple[PyTree, PyTree]:
         key = jax.random.fold_in(jax.random.key(settings.seed), _HEAD)

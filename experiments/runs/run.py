@@ -94,7 +94,7 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
         abstract_params = abstract_from(state.params, stored) if stored else state.params
         found = checkpoints.restore_part("params", abstract_params, step)
         if averages(settings) and not stored:
-            found = _average(checkpoints, state, found)
+            found = averaged_weights(checkpoints, state, found)
         # What the gradient or the workers remember is of no use here.
         extra = {
             name: checkpoints.restore_part(f"extra/{name}", state.extra[name], found.step).state
@@ -126,8 +126,14 @@ def best_step(folder: str | os.PathLike[str]) -> int | None:
         return checkpoints.best_step()
 
 
-def _average(checkpoints: Checkpoints, state: State, found: Restored) -> Restored:
-    """The average of the weights that was saved with them, in their types."""
+def averaged_weights(checkpoints: Checkpoints, state: State, found: Restored) -> Restored:
+    """Returns, in place of the weights of a checkpoint, the average that was saved with them.
+
+    Args:
+      checkpoints: of the run.
+      state: its shapes.
+      found: the parameters of the checkpoint.
+    """
     path, abstract = average_of(state.optimizer)
     average = checkpoints.restore_part(f"optimizer/{path}", abstract, found.step).state
     weights = jax.tree.map(lambda a, w: a.astype(w.dtype), average, found.state)

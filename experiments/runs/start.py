@@ -221,8 +221,9 @@ def _adopt(
 
 
 def _fits(ours: Any, theirs: Any) -> bool:
-    """Whether the head of one task is one of another: for the same labels, if it has any."""
-    about = [(getattr(t, "labels", ()), getattr(t, "by", "head")) for t in (ours, theirs)]
+    """Whether the head of one task is one of another: it means the same, and reads it alike."""
+    unlike = {"labels": (), "by": "head", "pool": "last", "mean": None, "scale": None}
+    about = [{k: getattr(t, k, v) for k, v in unlike.items()} for t in (ours, theirs)]
     return type(ours) is type(theirs) and about[0] == about[1]
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.tasks.classification import Classification, Regression, template_for
+from model.heads import SCORE
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
+from train.tasks.rowwise import template_for
+from train.tasks.text import columns_of
 
 PLAIN = "{text}"
 """What a row is to a classifier of transformers: the text, without ends of documents."""
+
+MEAN = "label_mean"
+"""Where the folder of a regression has the mean of its numbers, which its head has no place for."""
 
 
 def labels_of(task: Any) -> tuple[str, ...] | None:
@@ -34,24 +42,66 @@ def labels_of(task: Any) -> tuple[str, ...] | None:
     return labels
 
 
-def template_of(task: Classification | Regression) -> str:
-    """Returns what a row is to a task.
-
-    >>> from train.tasks.task import TaskFiles
-    >>> from train.tasks.rows import RowFormat
-    >>> pairs = TaskFiles(form=RowFormat(columns=(("text2", "hypothesis"),)))
-    >>> template_of(Classification(files=pairs)), template_of(Classification())
-    ('{end}{text}{end}{text2}{end}', '{end}{text}{end}')
-    """
-    return template_for(task)
-
-
-def task_of(labels: Sequence[str]) -> Classification | Regression:
+def task_of(labels: Sequence[str], mean: float = 0.0) -> Classification | Regression:
     """Returns the task of a classifier that transformers trained.
+
+    Args:
+      labels: of its classes; one alone is a regression.
+      mean: of a regression, see `in_own_units`.
 
     >>> task_of(["bad", "good"]).template, task_of(["value"]).name
     ('{text}', 'regression')
     """
     if len(labels) == 1:
-        return Regression(template=PLAIN, mean=0.0, scale=1.0)
+        return Regression(template=PLAIN, mean=mean, scale=1.0)
     return Classification(template=PLAIN, labels=tuple(labels))
+
+
+def in_own_units(task: Regression, params: Mapping[str, Any]) -> tuple[dict[str, Any], float, str]:
+    """Returns the parameters of a regression with a head in units of its numbers.
+
+    What was trained are standard deviations from the mean. The scale goes into the head, which has
+    no bias for the mean: that stands in `config.json`, under `MEAN`.
+
+    Returns:
+      Parameters, mean, and a line to print.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"score": {"kernel": jnp.ones((1, 1))}}
+    >>> in_own_units(Regression(mean=3.0, scale=2.0), params)[0]["score"]["kernel"].tolist()
+    [[2.0]]
+    """
+    mean, scale = task.mean or 0.0, 1.0 if task.scale is None else task.scale
+    kernel = params[SCORE]["kernel"]
+    scaled = {**params, SCORE: {"kernel": (kernel * scale).astype(kernel.dtype)}}
+    return scaled, mean, f"             numbers are scores plus {mean:g} ({MEAN} in config.json)"
+
+
+def as_its_head_reads(task: Any, theirs: Any) -> Any:
+    """Returns a task with what the head of a start was trained to read and say.
+
+    Where that head fits: for the same labels, the template of its rows if none was given; for a
+    regression also its units.
+
+    Args:
+      task: ours.
+      theirs: of the start, or None.
+
+    >>> ours, theirs = Classification(labels=("a", "b")), task_of(("a", "b"))
+    >>> as_its_head_reads(ours, theirs).template
+    '{text}'
+    """
+    changes: dict[str, Any] = {}
+    if isinstance(task, Regression) and isinstance(theirs, Regression):
+        changes = {"mean": theirs.mean, "scale": theirs.scale}
+    elif not _same_classes(task, theirs):
+        return task
+    read = template_for(theirs)
+    if task.template is None and columns_of(read) == columns_of(template_for(task)):
+        changes["template"] = read
+    return dataclasses.replace(task, **changes)
+
+
+def _same_classes(task: Any, theirs: Any) -> bool:
+    both = isinstance(task, Classification) and isinstance(theirs, Classification)
+    return both and (task.labels, task.by) == (theirs.labels, theirs.by)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from train.tasks.classification import Classification, Regression
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
 from train.tasks.task import Examples
 from train.tokenizers.tokenizer import Tokenizer
 
@@ -33,11 +34,14 @@ def class_metrics(
     labels_N, p_NC = examples.arrays["labels"], probabilities(outputs["logits"])
     guesses_N = p_NC.argmax(axis=1)
     classes = np.arange(p_NC.shape[1])
-    average = "binary" if len(classes) == 2 else "macro"
+    # The mean over all labels is over those, too, that no row has and no guess names.
+    which: dict[str, Any] = {"average": "macro", "labels": classes}
+    if len(classes) == 2:
+        which = {"average": "binary"}
     return {
         "loss": float(metrics.log_loss(labels_N, p_NC, labels=classes)),
         "accuracy": float(metrics.accuracy_score(labels_N, guesses_N)),
-        "f1": float(metrics.f1_score(labels_N, guesses_N, average=average, zero_division=0)),
+        "f1": float(metrics.f1_score(labels_N, guesses_N, zero_division=0, **which)),
         "matthews": float(metrics.matthews_corrcoef(labels_N, guesses_N)),
         "calibration_error": calibration_error(labels_N, p_NC),
     }

@@ -21,7 +21,8 @@ from experiments.tasks.translation_metrics import (
     translation_predictions,
 )
 from train.tasks.chat import Instructions
-from train.tasks.classification import Classification, Regression
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
 from train.tasks.squad import Squad
 from train.tasks.task import Examples
 from train.tasks.translation import Translation

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from model.config import EncoderDecoderConfig, TransformerConfig
@@ -174,11 +175,12 @@ class Instructions:
         """
 
         def apply(weights: PyTree, batch: Batch) -> dict[str, Any]:
-            room = model.config.max_length - batch["prompt"].shape[1]
-            tokens = self.answer_tokens
+            tokens, asked = self.answer_tokens, batch
             if model.config.positions == "learned":
-                tokens = max(1, min(tokens, room))
-            found = search(model, 1, 0.0, tokens, weights, batch, batch["end"][0], {})
+                whole = model.config.max_length
+                tokens = min(tokens, max(whole - batch["prompt"].shape[1], whole // 2))
+                asked = batch | shortened(batch, whole - tokens)
+            found = search(model, 1, 0.0, tokens, weights, asked, batch["end"][0], {})
             return {
                 **target_loss(model, weights, batch),
                 "answer": found.tokens[:, 0],
@@ -298,3 +300,21 @@ def _read_messages(path: Path) -> Iterator[Row | BadRow]:
             yield BadRow(number, "messages without text")
             continue
         yield Row(number, {MESSAGES: json.dumps(said, ensure_ascii=False)})
+
+
+def shortened(batch: Batch, most: int) -> Batch:
+    """Returns `prompt` [B, P] and `prompt_lengths` of at most so many tokens each, the last ones.
+
+    >>> batch = {"prompt": jnp.array([[1, 2, 3], [4, 0, 0]]), "prompt_lengths": jnp.array([3, 1])}
+    >>> shortened(batch, 2)["prompt"].tolist()
+    [[2, 3], [4, 0]]
+    """
+    prompt_BP, lengths_B = batch["prompt"], batch["prompt_lengths"]
+    if prompt_BP.shape[1] <= most:
+        return {"prompt": prompt_BP, "prompt_lengths": lengths_B}
+    left_out_B = jnp.maximum(lengths_B - most, 0)
+    places_BP = left_out_B[:, None] + jnp.arange(most)[None]
+    return {
+        "prompt": jnp.take_along_axis(prompt_BP, places_BP, axis=1),
+        "prompt_lengths": lengths_B - left_out_B,
+    }

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, TypeVar
 from train.tasks import tfds as tasks_tfds
 
 T = TypeVar("T")
+OBJECTS = (".jsonl", ".ndjson")  # a JSON object a line
 SHOWN = 3  # bad rows that a report names one by one
 
 
@@ -103,7 +104,7 @@ def read_rows(path: Path, form: RowFormat, wanted: Sequence[str]) -> Iterator[Ro
         what = "is a folder" if path.is_dir() else "is not there"
         raise ValueError(f"{path} {what}; give a .tsv, .csv, .jsonl or text file, or tfds:NAME")
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
+    if suffix in OBJECTS:
         if form.separator is not None or form.names:
             raise ValueError(f"{path} names its columns in every line; leave separator and names")
         found = _read_json_lines(path)
@@ -207,8 +208,7 @@ def _read_columns(
     if suffix == ".csv":  # quoted as spreadsheets do it; a cell may run over lines
         if len(separator) > 1:
             raise ValueError(f"the separator of {path} is one character, not {separator!r}")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        rows = _csv_rows(reader)
+        rows = _csv_rows(list(io.StringIO(text, newline="")), separator)
     else:
         lines = (line.removesuffix("\r") for line in text.split("\n"))
         # A quote is a character like others here. Free text is the last column of a line.
@@ -237,16 +237,32 @@ def _splits(suffix: str, names: Sequence[str]) -> int:
     return -1 if suffix == ".tsv" or not names else len(names) - 1
 
 
-def _csv_rows(reader) -> Iterator[tuple[int, list[str] | str]]:
+def _csv_rows(lines: list[str], separator: str) -> Iterator[tuple[int, list[str] | str]]:
+    """(number of its last line, cells or what is wrong) of every record."""
+    before = 0  # lines in front of those that are read
     while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield reader.line_num, f"no CSV ({error})"
-            continue
-        yield reader.line_num, cells
+        over: list[bool] = []  # filled once the reader has asked for more lines than there are
+        reader = csv.reader(_fed(lines[before:], over), delimiter=separator, strict=True)
+        while True:
+            begin = before + reader.line_num
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if over:
+                    break
+                yield before + reader.line_num, f"no CSV ({error})"
+                continue
+            yield before + reader.line_num, cells
+        # In quotes to the end of the file: that is to blame on one line, and others are read.
+        yield begin + 1, "no CSV (a quote is opened and never closed)"
+        before = begin + 1
+
+
+def _fed(lines: list[str], over: list[bool]) -> Iterator[str]:
+    yield from lines
+    over.append(True)
 
 
 def _named(
@@ -256,18 +272,21 @@ def _named(
     wanted: Sequence[str],
 ) -> Iterator[Row | BadRow]:
     """Rows with the task's names in place of the file's, each value checked."""
-    first = True
+    lacked: Mapping[str, object] | None = None
+    alike = path.suffix.lower() not in OBJECTS  # all rows of a table have the same columns
+    good = False
     for line, values in found:
         if isinstance(values, str):
             yield BadRow(line, values)
             continue
         lacking = [name for name in map(form.column, wanted) if name not in values]
-        if lacking and first:  # of every row, so no row is to blame
+        if lacking and alike:  # so no row is to blame
             raise _lacks(path, lacking, values)
-        first = False
         if lacking:
+            lacked = lacked or values
             yield BadRow(line, f"no column {', '.join(lacking)}")
             continue
+        good = True
         columns = {name: values[form.column(name)] for name in wanted}
         if wrong := [name for name, v in columns.items() if not isinstance(v, str | int | float)]:
             yield BadRow(line, f"{', '.join(wrong)} is neither text nor a number")
@@ -279,6 +298,8 @@ def _named(
             yield BadRow(line, "bytes that are no UTF-8: another encoding")
             continue
         yield Row(line, texts)
+    if lacked is not None and not good:  # of every row
+        raise _lacks(path, [n for n in map(form.column, wanted) if n not in lacked], lacked)
 
 
 def _lacks(path: Path, lacking: Sequence[str], names: Sequence[str] | Mapping) -> ValueError:

@@ -42,6 +42,19 @@ def encode_rows(rows: Sequence[Row], template: str, tokenizer: Tokenizer) -> lis
     >>> encode_rows([Row(1, {"text": "ab"})], "{end}{text}!", load_tokenizer("bytes"))[0].tolist()
     [256, 97, 98, 33]
     """
+    return [np.concatenate(parts) for parts in encode_parts(rows, template, tokenizer)]
+
+
+def encode_parts(
+    rows: Sequence[Row], template: str, tokenizer: Tokenizer
+) -> list[list[np.ndarray]]:
+    """Returns the ids of each row by its parts: ends of documents, and the texts between them.
+
+    >>> from train.tokenizers.tokenizer import load_tokenizer
+    >>> parts = encode_parts([Row(1, {"text": "ab"})], "{end}{text}!", load_tokenizer("bytes"))
+    >>> [part.tolist() for part in parts[0]]
+    [[256], [97, 98, 33]]
+    """
     parts = _parts(template)
     texts: list[str] = []
     plans: list[list[int | None]] = []  # of each row: places in `texts`, or None for an end
@@ -65,22 +78,34 @@ def encode_rows(rows: Sequence[Row], template: str, tokenizer: Tokenizer) -> lis
         say(text, plan)
         plans.append(plan)
     encoded = tokenizer.encode_batch(texts) if texts else []
-    end = np.array([tokenizer.end_of_document], np.int32) if f"{{{END}}}" in template else None
+    closing = f"{{{END}}}" in template
+    end = np.array([tokenizer.end_of_document] if closing else [], np.int32)
     return [
-        np.concatenate([end if at is None else encoded[at] for at in plan]).astype(np.int32)
-        for plan in plans
+        [end if at is None else np.asarray(encoded[at], np.int32) for at in plan] for plan in plans
     ]
 
 
-def cut_ids(ids: np.ndarray, length: int, *, keep_last: int = 0) -> np.ndarray:
-    """Returns at most `length` ids; of longer ones the first, and the last `keep_last` of all.
+def cut_parts(parts: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Returns at most `length` ids; where parts are too long, their ends go, of the longest first.
 
-    >>> cut_ids(np.arange(6), 4, keep_last=1).tolist()
-    [0, 1, 2, 5]
+    So each text of a pair is seen, and so is what marks their ends.
+
+    Raises:
+      ValueError: there are more parts than `length`.
+
+    >>> cut_parts([np.array([0]), np.arange(1, 8), np.array([0]), np.arange(8, 10)], 7).tolist()
+    [0, 1, 2, 3, 0, 8, 9]
     """
-    if len(ids) <= length:
-        return ids
-    return np.concatenate([ids[: length - keep_last], ids[len(ids) - keep_last :]])
+    if len(parts) > length:
+        raise ValueError(
+            f"rows of {length} tokens hold no text in {len(parts)} parts; make them longer"
+        )
+    room, kept = length, [0] * len(parts)
+    # The shortest first: what they leave of their share is for the longer ones.
+    for after, at in enumerate(sorted(range(len(parts)), key=lambda at: len(parts[at]))):
+        kept[at] = min(len(parts[at]), room // (len(parts) - after))
+        room -= kept[at]
+    return np.concatenate([part[:n] for part, n in zip(parts, kept, strict=True)])
 
 
 def _parts(template: str) -> list[tuple[str, str | None]]:

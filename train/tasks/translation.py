@@ -178,20 +178,33 @@ def translate(
 ) -> dict[str, jax.Array]:
     """Returns the best continuation of each prompt; a row of zeros gives anything."""
     source = batch.get("source", batch["prompt"])
+    end = batch["prompt"][0, 0]  # rows of padding come last
     names = ("source", "source_segments")
     inputs = {name: batch[name] for name in names if name in batch}
-    if "source" not in batch:
-        inputs["prefix"] = batch["prompt_lengths"]
     # Room for translations half as long again as the longest source: the reference is not asked.
     tokens = source.shape[1] * 3 // 2 + 8
     if model.config.positions == "learned":
-        tokens = max(1, min(tokens, model.config.max_length - batch["prompt"].shape[1]))
-    end = batch["prompt"][0, 0]  # rows of padding come last
+        whole = model.config.max_length
+        tokens = min(tokens, max(whole - batch["prompt"].shape[1], whole // 3))
+        batch = batch | _shortened(batch, whole - tokens, end)
+    if "source" not in batch:
+        inputs["prefix"] = batch["prompt_lengths"]
     found = search(model, beams, alpha, tokens, weights, batch, end, inputs)
     return {
         "translation": found.tokens[:, 0],
         "translation_lengths": found.lengths[:, 0],
         "score": found.scores[:, 0],
+    }
+
+
+def _shortened(batch: Batch, most: int, end: jax.Array) -> Batch:
+    """Prompts of at most so many tokens each: what is too long loses its end, and is closed."""
+    prompt_BP, lengths_B = batch["prompt"][:, :most], batch["prompt_lengths"]
+    closed_BP = prompt_BP.at[:, -1].set(end)
+    cut_B = lengths_B > most
+    return {
+        "prompt": jnp.where(cut_B[:, None], closed_BP, prompt_BP),
+        "prompt_lengths": jnp.minimum(lengths_B, most),
     }
 
 

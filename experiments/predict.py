@@ -1,0 +1,152 @@
+"""Predicts rows with a trained classifier or regressor; measures it where the rows have labels.
+
+    python -m experiments.predict --run runs/sentiment --data new.tsv --out predictions.jsonl
+    python -m experiments.predict --run hf:FOLDER --data new.csv --unlabelled --out new.jsonl
+
+Nothing trains. A folder of Hugging Face is read as `experiments.finetune` reads it; where its
+labels are called otherwise than those of the file, `--rename 0=NEGATIVE 1=POSITIVE` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.cli import named_pairs, run_main
+from experiments.compilation import use_compilation_cache
+from experiments.folders import check_free
+from experiments.json_files import write_lines
+from experiments.run_names import parse_parent
+from experiments.runs.run import Run, open_run
+from experiments.starts import HF, foreign_kind, start_run
+from experiments.task_report import outputs_of
+from experiments.tasks.table import REPORTS
+from train.records import plain
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
+from train.tasks.rows import RowFormat, said_of
+from train.tasks.rowwise import template_for, unlabelled_rows
+from train.tasks.task import TEST, TaskFiles
+
+MULTIPLE = 8  # of the length of rows
+
+
+@dataclass(frozen=True)
+class Predict:
+    """What to predict, and with what.
+
+    Attributes:
+      run: RUN, RUN@STEP or hf:FOLDER, of a classification or regression.
+      data: file of the rows: .tsv, .csv, .jsonl, or any text with --separator.
+      out: file to write, a JSON object a line.
+      unlabelled: whether the rows have no labels, so that there is nothing to measure.
+      columns: NAME=COLUMN where a column is called otherwise than text, text2 or label.
+      separator: of columns; by default a tab in .tsv, a comma in .csv.
+      column_names: in order, where the first line does not name them.
+      bad_rows: "stop" at a row that does not parse, or "skip" it and count.
+      rename: LABEL=NAME where labels of the file are called otherwise in the run.
+      batch_size: rows at a time.
+    """
+
+    run: str
+    data: Path
+    out: Path
+    unlabelled: bool = False
+    columns: tuple[str, ...] = ()
+    separator: str | None = None
+    column_names: tuple[str, ...] = ()
+    bad_rows: Literal["stop", "skip"] = "stop"
+    rename: tuple[str, ...] = ()
+    batch_size: int = 64
+
+
+def run_command(command: Predict) -> list[str]:
+    """Writes the predictions and returns lines to print.
+
+    Raises:
+      ValueError: `out` is there, a run of another task, rows that do not parse.
+    """
+    check_free(command.out)
+    if command.batch_size < 1:
+        raise ValueError(f"batch_size is {command.batch_size}; give at least 1")
+    return opened(command.run, lambda run: _predict(command, run))
+
+
+def opened(spec: str, then: Callable[[Run], Any]) -> Any:
+    """Returns what a function makes of a run, RUN, RUN@STEP or hf:FOLDER."""
+    if foreign_kind(spec) != HF:
+        return then(open_run(*parse_parent(spec)))
+    with tempfile.TemporaryDirectory() as folder:
+        return then(open_run(start_run(spec, Path(folder) / "run") or ""))
+
+
+def _predict(command: Predict, run: Run) -> list[str]:
+    task = _task(command, run)
+    if command.unlabelled:
+        rows, bad = unlabelled_rows(task, command.data)
+    else:
+        rows, bad = task.rows(TEST)
+    # No longer than the rows need: those of a folder from elsewhere are as long as its model goes.
+    whole = run.settings.phases[-1].sequence_length
+    length = MULTIPLE
+    while length < whole and task.encoded(rows, bad, run.tokenizer, length).cut:
+        length *= 2
+    examples = task.encoded(rows, bad, run.tokenizer, min(length, whole))
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, task=task))
+    outputs = outputs_of(run, examples, min(command.batch_size, len(rows)))
+    report = REPORTS[task.name]
+    command.out.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(command.out, map(plain, report.predictions(task, examples, outputs, run.tokenizer)))
+    lines = [f"model       {command.run} at step {run.step}", f"rows        {len(rows):,}"]
+    if examples.cut:
+        lines.append(f"            {examples.cut:,} cut to {whole} tokens, as they are too long")
+    if bad:
+        lines.append(f"            {said_of(bad)}")
+    if not command.unlabelled:
+        figures = report.metrics(task, examples, outputs, run.tokenizer)
+        numbers = (f"{name} {value:.4f}" for name, value in figures.items())
+        lines.append("measured    " + "  ".join(numbers))
+    return [*lines, f"written     {command.out}"]
+
+
+def _task(command: Predict, run: Run) -> Any:
+    """The task of the run, on the rows of the command."""
+    task = run.settings.task
+    if not isinstance(task, Classification | Regression):
+        kind = "no task" if task is None else f"the task {task.name}"
+        raise ValueError(
+            f"{command.run} has {kind}; classes and numbers are predicted here, "
+            "experiments.generate and experiments.chat write text"
+        )
+    form = RowFormat(
+        named_pairs("columns", command.columns),
+        command.separator,
+        command.column_names,
+        command.bad_rows,
+    )
+    rename = named_pairs("rename", command.rename)
+    if rename and not isinstance(task, Classification):
+        raise ValueError("rename is for labels, and a regression has none; leave it out")
+    if rename and command.unlabelled:
+        raise ValueError("rename is for labels of the file, which has none; leave it out")
+    changes: dict[str, Any] = {"rename": rename} if rename else {}
+    if task.template is None:  # chosen by the columns that it was trained with, not by these
+        changes["template"] = template_for(task)
+    return dataclasses.replace(task, files=TaskFiles(((TEST, str(command.data)),), form), **changes)
+
+
+def main() -> None:
+    """Parses the command line, predicts, says where things went."""
+    import tyro
+
+    command = tyro.cli(Predict, description=__doc__)
+    use_compilation_cache()
+    print("\n".join(run_command(command)))
+
+
+if __name__ == "__main__":
+    run_main(main)

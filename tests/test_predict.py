@@ -1,0 +1,143 @@
+"""Predicting without training: the same answers as the report's, from runs and from folders."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments.convert import to_huggingface
+from experiments.finetune import settings_of
+from experiments.predict import Predict, run_command
+from experiments.runs.execute import execute
+from experiments.runs.run import open_run
+from experiments.task_report import report_task
+from model.presets import modern_mini
+from tests.test_finetune import LOOP, QUIET, command, files, settings_for  # noqa: F401 (fixture)
+from tests.test_run import own_cache  # noqa: F401 (fixture)
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
+from train.tasks.task import TaskFiles
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture
+def run(files, tmp_path):  # noqa: F811
+    execute(settings_for(files), tmp_path / "run", QUIET)
+    report_task(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """A regression on numbers far from 0, and its file."""
+    path = tmp_path / "numbers.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"{'ab' * n}\t{100 + 5 * n}\n" for n in range(1, 6)))
+    three = TaskFiles(tuple((split, str(path)) for split in ("train", "valid", "test")))
+    how = dataclasses.replace(QUIET, loop=dataclasses.replace(LOOP, watch="loss"))
+    execute(settings_for(three, task=Regression), tmp_path / "regression", how)
+    report_task(tmp_path / "regression")
+    return tmp_path / "regression", path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def close(rows, expected):
+    """The same guesses; numbers may differ by how the program was cut into pieces."""
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("prediction", "probabilities"):
+            ours, theirs = row.get(name), other.get(name)
+            if isinstance(ours, str) or ours is None:
+                assert ours == theirs
+            else:
+                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+def test_predictions_are_those_of_the_report(run, files, tmp_path):  # noqa: F811
+    test = dict(files.paths)["test"]
+    said = run_command(Predict(str(run), test, tmp_path / "out" / "a.jsonl"))
+    expected = lines(run / "predictions-test.jsonl")
+    close(lines(tmp_path / "out" / "a.jsonl"), expected)
+    accuracy = np.mean([row["prediction"] == row["label"] for row in expected])
+    assert any(f"accuracy {accuracy:.4f}" in line for line in said)
+    bare = tmp_path / "bare.csv"
+    bare.write_text("sentence\n" + "".join(f"{row['text']}\n" for row in expected))
+    unlabelled = Predict(str(run), bare, tmp_path / "b.jsonl", True, ("text=sentence",))
+    said = run_command(unlabelled)
+    close(lines(tmp_path / "b.jsonl"), expected)
+    assert not any("accuracy" in line for line in said)
+
+
+def test_a_folder_of_transformers_says_the_same(run, files, tmp_path):  # noqa: F811
+    to_huggingface(run, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").unlink(missing_ok=True)
+    renamed = tmp_path / "renamed.tsv"
+    test = dict(files.paths)["test"]
+    with open(test) as file:
+        renamed.write_text(file.read().replace("\tgood", "\t1").replace("\tbad", "\t0"))
+    wrong = Predict(str(run), renamed, tmp_path / "c.jsonl")
+    with pytest.raises(ValueError, match="not among those of the training file"):
+        run_command(wrong)
+    said = run_command(dataclasses.replace(wrong, rename=("0=bad", "1=good")))
+    accuracy = json.loads((run / "task.json").read_text())["test"]["accuracy"]
+    assert any(f"accuracy {accuracy:.4f}" in line for line in said)
+
+
+def test_a_regression_leaves_in_its_own_units(numbers, tmp_path):
+    run, path = numbers
+    kernel = np.asarray(open_run(run).params["score"]["kernel"])
+    task = open_run(run).settings.task
+    assert task.mean == pytest.approx(115)
+    said = to_huggingface(run, tmp_path / "hf")
+    assert any("plus 115 (label_mean" in line for line in said)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["label_mean"] == pytest.approx(115)
+    start = command(
+        TaskFiles((("train", str(path)), ("valid", str(path)))),
+        tmp_path / "again",
+        task=Regression(),
+        model=modern_mini(),
+        start=f"hf:{tmp_path / 'hf'}",
+        tokenizer="bytes",
+    )
+    settings, _ = settings_of(start)
+    assert (settings.task.mean, settings.task.scale) == (pytest.approx(115), 1.0)
+    head = np.asarray(open_run(tmp_path / "again" / "start").params["score"]["kernel"])
+    np.testing.assert_allclose(head, kernel * task.scale, rtol=1e-5)
+    run_command(Predict(str(run), path, tmp_path / "a.jsonl"))
+    close(lines(tmp_path / "a.jsonl"), lines(run / "predictions-test.jsonl"))
+
+
+def test_a_start_says_how_its_head_reads(run, files, tmp_path):  # noqa: F811
+    execute(
+        settings_for(files, task=lambda f, dropout: Classification(f, template="{text}")),
+        tmp_path / "other",
+        QUIET,
+    )
+    plain = {"tokenizer": None, "model": modern_mini()}
+    given = command(files, tmp_path / "again", start=str(tmp_path / "other"), **plain)
+    assert settings_of(given)[0].task.template == "{text}"
+    own = dataclasses.replace(given, task=Classification(template="{end}{text}"))
+    assert settings_of(own)[0].task.template == "{end}{text}"
+
+
+def test_what_is_no_row_task_is_refused(run, tmp_path, files):  # noqa: F811
+    test = dict(files.paths)["test"]
+    (tmp_path / "there.jsonl").touch()
+    bad = {
+        "exists already": Predict(str(run), test, tmp_path / "there.jsonl"),
+        "batch_size is 0": Predict(str(run), test, tmp_path / "a.jsonl", batch_size=0),
+        "has no column 'text'": Predict(
+            str(run), test, tmp_path / "a.jsonl", column_names=("a", "b"), unlabelled=True
+        ),
+        "rename is for labels of the file": Predict(
+            str(run), test, tmp_path / "a.jsonl", unlabelled=True, rename=("a=bad",)
+        ),
+    }
+    for why, asked in bad.items():
+        with pytest.raises(ValueError, match=why):
+            run_command(asked)
