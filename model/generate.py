@@ -260,10 +260,10 @@ def _generate(
         start, cache, final_BD = carry
         chunk_BC = jax.lax.dynamic_slice_in_dim(tokens_BS, start, chunk, axis=1)
         places = start + jnp.arange(chunk)
-        # Padding may reach past the learned positions; clipped, since nothing sees it.
-        positions = jnp.minimum(places, model.config.max_length - 1)[None] + jnp.zeros(
-            (B, 1), jnp.int32
-        )
+        if model.config.positions == "learned":
+            # Padding may reach past them; clipped, since nothing sees it.
+            places = jnp.minimum(places, model.config.max_length - 1)
+        positions = places[None] + jnp.zeros((B, 1), jnp.int32)
         final_BCD, cache = run(chunk_BC, positions, cache)
         here_B = (last_B >= start) & (last_B < start + chunk)
         offset_B = jnp.clip(last_B - start, 0, chunk - 1)

@@ -216,6 +216,17 @@ def test_a_student_that_is_its_teacher_is_at_rest(strict):
     assert all(jnp.abs(g).max() < 1e-4 for g in jax.tree.leaves(grad))
 
 
+def test_the_teacher_reads_a_prefix_as_the_student_does():
+    """A student with its teacher's weights has nothing to learn, whatever sees what."""
+    method = Distil(soft=(1.0,), hard=(0.0,), teacher="x", resolved=Teacher(STUDENT, 1, ""))
+    terms, frozen = terms_and_frozen(method)
+    batch = batch_of() | {"prefix": jnp.array([5, 4, 3, 2], jnp.int32)}
+    loss = loss_function(Transformer(STUDENT), terms)
+    found = jax.jit(lambda p: loss(p, batch, context_of(terms, batch, frozen, 0))[0])
+    assert float(found(frozen["teacher"])) == pytest.approx(0.0, abs=1e-6)
+    assert float(found(params_of(STUDENT, 2))) > 0.01
+
+
 def test_weights_go_through_their_knots():
     weight = over_run((1.0, 0.5, 0.0), 9)
     assert [float(weight(jnp.int32(t))) for t in (0, 2, 4, 8, 20)] == [1.0, 0.75, 0.5, 0.0, 0.0]

@@ -52,6 +52,15 @@ def test_a_clipped_gradient_stops_at_the_ends(strict):
     np.testing.assert_array_equal(got, np.where(outside, 0.0, 1.0))
 
 
+def test_a_gradient_is_clipped_by_the_grid_not_by_the_type():
+    """Within the grid every weight of bfloat16 learns."""
+    w = jax.random.normal(jax.random.key(3), (256, 64), jnp.bfloat16)
+    got = jax.grad(lambda w: fake_quantize(w, "int8", gradient="clipped").astype("float32").sum())(
+        w
+    )
+    np.testing.assert_array_equal(np.asarray(got, np.float32), 1.0)
+
+
 def test_training_lowers_the_loss_and_exports_what_was_trained():
     model = Transformer(gpt2_tiny(dropout=0.0, scan_layers=True))
     tokens = jnp.tile(jnp.arange(16) % 5, (4, 1))

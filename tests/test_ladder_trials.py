@@ -104,8 +104,8 @@ def test_the_baseline_is_tuned_in_rate_schedule_betas_and_decay():
 
 def test_a_trial_of_the_baseline_is_the_ladders_baseline_with_other_choices():
     group = groups_named([TORCH_TUNED])[0]
-    choices = group.trials(CPU)["linear 0.005"]
-    job, _ = trial_job(CPU, group, "linear 0.005", choices)
+    choices = group.trials(CPU)["linear 0.006"]
+    job, _ = trial_job(CPU, group, "linear 0.006", choices)
     theirs = job_of(CPU.at(choices=choices), TORCH_TUNED, CPU.tokens, SEED)
     assert job.baseline == theirs.baseline
 
@@ -153,7 +153,7 @@ def test_the_ladder_takes_the_choices_of_the_trials_and_prints_both_grids(tmp_pa
     assert "rows below do not have what they chose" not in text
     capsys.readouterr()
     text = run_ladder(dataclasses.replace(command, tuned=False))[1].read_text()
-    assert "rows below do not have what they chose: torch_adamw, torch_schedule" in text
+    assert "do not have what they chose: torch_adamw, torch_rows, torch_schedule" in text
     assert "--tuned takes it" in capsys.readouterr().out
     tale = tmp_path / "tale.txt"
     tale.write_text("once upon a time ")
@@ -210,7 +210,7 @@ def test_an_edge_needs_three_values_and_no_decay_is_none():
     assert edges(whole) == []
     assert at("embeddings x1, head x0.5") == ["embedding_rate 1 is the lowest that was tried"]
     assert at("embeddings x2, head x1") == []  # of two heads one has to be the higher
-    decay = groups_named([TORCH_TUNED])[2]
+    decay = groups_named([TORCH_TUNED])[3]
     whole = read_group(site.gathered, TINY, decay)
     assert edges(whole._replace(best="decay 0")) == []
     assert edges(whole._replace(best="decay 1")) == [

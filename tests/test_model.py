@@ -248,6 +248,24 @@ def test_greedy_generation_equals_the_argmax_of_full_passes(name, positions, lon
         assert len(new) == 6
 
 
+def test_rotary_positions_go_on_past_those_of_training():
+    found = []
+    for longest in (16, 64):
+        model, params = made(dataclasses.replace(CONFIGS["llama"], max_length=longest))
+        found.append(
+            generate(
+                model,
+                params,
+                [list(range(30))],
+                key=jax.random.key(0),
+                max_new_tokens=6,
+                sampling=Sampling(temperature=0),
+                slots=64,
+            ).new_tokens()
+        )
+    assert found[0] == found[1]
+
+
 def test_generation_compiles_once_for_all_prompt_lengths(compilations):
     model, params = made(CONFIGS["gpt2"])
     _generate.clear_cache()

@@ -13,7 +13,7 @@ import pytest
 from model.config import TransformerConfig
 from model.rules import leaf_paths, match
 from model.transformer import Transformer
-from train.mup import scale_init, transfer
+from train.mup import MuP, scale_init, transfer
 from train.optimizers import AdamW, Muon, build
 from train.schedules import Constant
 
@@ -137,6 +137,23 @@ def test_factors_of_a_wide_and_deep_model(biases):
         assert rates["blocks/mlp/down/bias"] == pytest.approx(1 / 4)
     half = dict(transfer(config, base, depth_exponent=0.5).learning_rate_rules)
     assert half["blocks/.*"] == pytest.approx(1 / 2)
+
+
+def test_wider_heads_under_norms_of_queries():
+    """A norm undoes a factor of the kernel before it: its own scale has the factor."""
+    base = dataclasses.replace(BASE, head_width=16, qk_norm=True, norm="rmsnorm")
+    wide = dataclasses.replace(base, width=128, heads=4, head_width=64)
+    rules = transfer(wide, base)
+    for named in (dict(rules.init_rules), dict(rules.learning_rate_rules)):
+        assert named["attention/q_norm/scale"] == pytest.approx(1 / 2)
+    scales = dict(rules.init_rules)
+    assert scales["attention/q/kernel"] == scales["blocks/.*/kernel"]
+    with pytest.raises(ValueError, match="leave base_heads out"):
+        transfer(*(dataclasses.replace(c, norm_scale=False) for c in (wide, base)))
+    method = MuP(base_width=base.width, base_heads=base.heads)
+    for optimizer, ahead in ((AdamW(), base.width / 128), (Muon(), 1.0)):
+        rates = dict(method.rules(dataclasses.replace(wide, head_width=None), optimizer)[0])
+        assert rates["mtp/.*/kernel"] == ahead
 
 
 def test_refusals():

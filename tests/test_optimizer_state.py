@@ -1,6 +1,7 @@
 """8-bit optimizer state: the grid's bound, and training that is nearly the one of float state."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,11 @@ import pytest
 
 from compress.quantization.optimizer_state import decode, eight_bit, encode
 from model.presets import gpt2_tiny
+from model.rules import leaf_paths
 from model.transformer import Transformer
+from train.optimizers import OPTIMIZERS, build
+from train.optimizers.averaging import tail_average
+from train.schedules import Constant
 
 BOUND = 2 ** (1 / 16) - 1
 
@@ -197,6 +202,46 @@ def test_any_transformation_sees_decoded_moments(tx):
             two,
         )
     assert jax.tree.structure(state) == jax.tree.structure(wrapped.init(params))
+
+
+def test_what_is_no_moment_stays_exact():
+    """Averages of weights, weights of the start, covariances and bases of square kernels."""
+    params = {"blocks": {"up": {"kernel": jnp.ones((1, 64, 64))}}}
+    tail = optax.chain(optax.adam(1e-3), tail_average(0))
+    soap = build(OPTIMIZERS["soap"](), Constant(), 10, params)
+    for tx, exact in (
+        (tail, {"average"}),
+        (optax.contrib.prodigy(1.0), {"params0", "grad_sum"}),
+        (soap, {"left", "right", "left_basis", "right_basis"}),
+    ):
+        state = eight_bit(tx, smallest=1).init(params)
+        paths = dict(zip(leaf_paths(state.inner), jax.tree.leaves(state.inner), strict=True))
+        names = {path: path.removesuffix("/blocks/up/kernel").split("/")[-1] for path in paths}
+        kept = {names[path] for path, leaf in paths.items() if leaf.dtype == jnp.float32}
+        assert exact <= kept
+        coded = {names[path] for path, leaf in paths.items() if leaf.dtype in (jnp.int8, jnp.uint8)}
+        assert coded & {"mu", "exp_avg"}
+        assert not coded & exact
+
+
+@pytest.mark.parametrize("b2", [0.98, 0.999])
+def test_second_moments_forget_if_rounding_is_stochastic(b2):
+    """One entry that stays holds the scale; the others' squares fall to a hundredth."""
+    tx = eight_bit(optax.scale_by_adam(b2=b2), smallest=1, key=jax.random.key(0))
+    steps = round(6 / (1 - b2))
+
+    def run(state, g, steps):
+        def step(state, _):
+            return tx.update({"w": g}, state)[1], None
+
+        return jax.lax.scan(step, state, None, steps)[0]
+
+    after = jnp.full((1, 256), 0.1).at[0, 0].set(1.0)
+    state = run(tx.init({"w": after}), jnp.ones((1, 256)), steps)
+    state = jax.jit(run, static_argnums=2)(state, after, steps)
+    nu = decode(state.inner.nu["w"], state.scales["nu/w"])
+    wanted = 0.01 + math.exp(-6) * 0.99
+    assert float(nu[0, 1:].mean()) == pytest.approx(wanted, rel=0.3)
 
 
 def test_bad_input():

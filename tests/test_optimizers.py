@@ -246,6 +246,49 @@ def test_learning_rate_rules_survive_strict_promotion_and_bfloat16(strict):
     assert by_layer[:, 0, 0].tolist() == [0.5, 2.0]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_moments_forget_in_few_bits(dtype):
+    """A gradient of 1 for 1,000 updates, then one of a tenth: the update goes back to the rate."""
+    params = {"w": {"kernel": jnp.ones((1, 1), dtype)}}
+    tx = build(Adam(learning_rate=1.0, b2=0.999), Constant(), 10, params)
+
+    def run(state, g, steps):
+        def step(state, _):
+            updates, state = tx.update({"w": {"kernel": jnp.full((1, 1), g, dtype)}}, state, params)
+            return state, updates["w"]["kernel"]
+
+        return jax.lax.scan(step, state, None, steps)
+
+    @jax.jit
+    def last(state):
+        state, _ = run(state, 1.0, 1000)
+        return run(state, 0.1, 7000)[1][-1]
+
+    assert float(last(tx.init(params))[0, 0]) == pytest.approx(-1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+def test_norms_of_float16_are_taken_in_float32(size):
+    params = {"w": {"kernel": jnp.ones((64, 8), jnp.float16)}}
+    tx = build(SGD(learning_rate=1.0, momentum=0.0, clip_norm=1e-3), Constant(), 10, params)
+    grads = {"w": {"kernel": jnp.full((64, 8), size, jnp.float16)}}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    norm = np.linalg.norm(np.asarray(updates["w"]["kernel"], np.float64))
+    assert norm == pytest.approx(1e-3, rel=0.01)
+
+
+def test_decay_reaches_the_factors_of_kernels():
+    """Of low rank, under optimizers from Optax as under ours."""
+    params = {"up": {"kernel": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}}, "bias": jnp.ones(4)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for name in ("lamb", "adan", "adamw"):
+        settings = dataclasses.replace(OPTIMIZERS[name](), weight_decay=0.5)
+        tx = build(settings, Constant(), 10, params)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        assert float(updates["up"]["kernel"]["a"][0, 0]) < 0, name
+        assert float(updates["bias"][0]) == 0, name
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [

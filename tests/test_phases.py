@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.methods.compression import EightBitState
 from experiments.runs.execute import execute
 from experiments.runs.feeds import text_dataset
-from experiments.runs.phases import grown_config, parse_phases
+from experiments.runs.phases import check_phases, grown_config, parse_phases
 from experiments.runs.prepare import open_data
 from experiments.runs.run import open_run, phase_at
 from model.flops import abstract_params
@@ -24,6 +25,7 @@ from train.phases import carried, grown_params, grown_state
 from train.schedules import Constant, Linear
 from train.settings import Phase, Settings
 from train.step import NONFINITE, init_state
+from train.tokenizers.tokenizer import load_tokenizer
 
 EVERY = dataclasses.replace(
     QUIET, loop=LoopSettings(log_every=1, evaluate_every=4, checkpoint_every=4), keep_last=9
@@ -280,6 +282,19 @@ def test_the_average_of_the_tail_is_what_is_measured_and_opened(text, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "7")
     (tmp_path / "run" / "result.json").unlink()
     assert bits(execute(settings, tmp_path / "run", each).state) == bits(whole.state)
+
+
+def test_codes_of_moments_grow_in_depth_alone(text, tmp_path):  # noqa: F811
+    wide, deep = ({"width": 2 * SMALL.width, "heads": 2 * SMALL.heads}, {"layers": 2})
+    method = EightBitState(smallest=256)
+    for changes, fits in ((wide, False), (deep, True)):
+        phases = [Phase(2, SMALL, 4, 16), Phase(2, dataclasses.replace(SMALL, **changes), 4, 16)]
+        settings = settings_for(text, phases, optimizer=AdamW(), methods=(method,))
+        if fits:
+            check_phases(settings, load_tokenizer("bytes"))
+        else:
+            with pytest.raises(ValueError, match="grows in depth alone"):
+                check_phases(settings, load_tokenizer("bytes"))
 
 
 @pytest.mark.parametrize(

@@ -214,3 +214,12 @@ def test_a_signal_saves_and_leaves(tmp_path, text, number):
     assert "saved step" in output
     subprocess.run(command(tmp_path / "run"), check=True, env=environment, capture_output=True)
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "calm")
+
+
+def test_bits_per_byte_are_left_out_where_first_tokens_are_not_predicted(text, tmp_path):
+    """Masked, the bytes of a document's first token would count, and its bits would not."""
+    for boundaries, there in (("ignore", True), ("mask", False)):
+        settings = dataclasses.replace(settings_for(text), document_boundaries=boundaries)
+        out = execute(settings, tmp_path / boundaries, QUIET)
+        assert ("bits_per_byte" in out.evaluation) == there
+        assert out.evaluation["loss"] > 0

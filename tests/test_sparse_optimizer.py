@@ -23,12 +23,16 @@ from compress.pruning.sparse_optimizer import (
     sparse_evolution,
 )
 from compress.pruning.sparse_step import Pruning
-from model.presets import llama_tiny
+from experiments.methods.compression import Rewire
+from experiments.runs.assemble import assemble
+from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
 from train.losses import cross_entropy
 from train.optimizers import SGD, AdamW, build
+from train.optimizers.averaging import average_of
 from train.optimizers.muon import Muon
 from train.schedules import Constant
+from train.settings import Phase, Settings
 from train.step import init_state, make_train_step
 
 KEY = jax.random.key(0)
@@ -296,3 +300,33 @@ def test_bad_input_is_explained():
         tx.update(PARAMS, tx.init(PARAMS))
     with pytest.raises(ValueError, match="leaves no weight"):
         rigl(KEY, [("mlp", 1.0)], Rewiring()).init(PARAMS)
+
+
+def test_averages_of_a_run_are_as_sparse_as_its_weights():
+    """The tail average sees what is left of an update."""
+    config = gpt2_tiny(scan_layers=True, dropout=0.0)
+    settings = Settings(
+        phases=(Phase(6, config, 4, 8),),
+        data=("x",),
+        tokenizer="bytes",
+        optimizer=AdamW(tail_fraction=1.0),
+        methods=(Rewire(0.8, every=2, until=4),),
+    )
+    parts = assemble(settings, config)
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params, state = params["params"], None
+
+    @jax.jit
+    def step(params, state, number):
+        grads = jax.tree.map(lambda w: jnp.cos(w * 100 + number), params)
+        updates, state = parts.optimizer.update(grads, state, params, value=0.0, grads=grads)
+        return optax.apply_updates(params, updates), state
+
+    state = parts.optimizer.init(params)
+    for number in range(5):
+        params, state = step(params, state, number)
+    _, average = average_of(state)
+    kernels = [tree["blocks"]["mlp"]["up"]["kernel"] for tree in (params, average)]
+    assert float((kernels[0] == 0).mean()) == pytest.approx(0.8, abs=0.01)
+    # Where places moved, the mean of several masks is not zero; most never did.
+    assert float((kernels[1] == 0).mean()) > 0.5

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from train.optimizers.wide import widened
 from train.plugs import Batch, Context, GradientFunction, LossFunction, Metrics, PyTree
 
 # Folded into the step's key for the noise, so that its draws are not those of dropout: the number
@@ -75,7 +76,7 @@ def per_example(clip: float, noise: float, micro_batches: int = 1) -> GradientFu
             own = context._replace(rng=key, counts=counts(alone))
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, alone, own)
             grads = jax.tree.map(_wide, grads)
-            norm = optax.tree.norm(grads)
+            norm = optax.tree.norm(widened(grads))
             factor = jnp.minimum(jnp.ones_like(norm), clip / jnp.maximum(norm, 1e-30))
             clipped = (norm > clip).astype(jnp.float32)
             return jax.tree.map(lambda g: g * factor, grads), {**metrics, "clipped": clipped}

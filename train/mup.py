@@ -102,6 +102,13 @@ def transfer(
     layers = config.layers / base.layers
     query = (base.head_width_ / config.head_width_) ** 0.5
     branch = layers**-depth_exponent
+    if config.qk_norm and not config.norm_scale and query != 1.0:
+        raise ValueError(
+            "heads are wider than those of the base, and norms of queries and keys without a scale "
+            "undo what muP does about it; leave base_heads out, or train with norm_scale"
+        )
+    # A norm undoes a factor of what goes into it: there its own scale bears it.
+    kernel, scale = (1.0, query) if config.qk_norm else (query, 1.0)
     within = layers ** (depth_exponent - 1.0) if depth_exponent else 1.0
     undo = layers**0.5  # the model's own scale of the last kernels of a branch
 
@@ -112,7 +119,8 @@ def transfer(
         ("head/kernel", 1.0 / width),
         ("attention/o/kernel", rate(heads) * branch),
         ("mlp/down/kernel", rate(hidden) * branch),
-        ("attention/q/kernel", rate(width) * query),
+        ("attention/q/kernel", rate(width) * kernel),
+        *((("attention/q_norm/scale", within * scale),) if scale != 1.0 else ()),
         ("blocks/.*/kernel", rate(width)),
     )
     if within != 1.0:
@@ -124,7 +132,8 @@ def transfer(
         ("head/kernel", 1.0 / width),
         ("attention/o/kernel", heads**-0.5 * branch * undo),
         ("mlp/down/kernel", hidden**-0.5 * branch * undo),
-        ("attention/q/kernel", width**-0.5 * query),
+        ("attention/q/kernel", width**-0.5 * kernel),
+        *((("attention/q_norm/scale", scale),) if scale != 1.0 else ()),
         ("blocks/.*/kernel", width**-0.5),
     )
     return Transfer(rates, scales)
@@ -194,7 +203,12 @@ class MuP:
         """
         kind = self.matrices if self.matrices != "auto" else kind_of(optimizer)
         base = self.base_of(config)
-        return transfer(config, base, matrices=kind, depth_exponent=self.depth_exponent)
+        found = transfer(config, base, matrices=kind, depth_exponent=self.depth_exponent)
+        # Kernels of the heads of multi-token prediction, if there are any: as wide as the stream.
+        ahead = base.width / config.width if kind == "elementwise" else 1.0
+        return found._replace(
+            learning_rate_rules=(*found.learning_rate_rules, ("mtp/.*/kernel", ahead))
+        )
 
 
 def kind_of(optimizer: OptimizerSettings) -> Matrices:

@@ -11,6 +11,7 @@ import optax
 from model.rules import is_stacked, path_of
 from model.transformer import Model
 from train.losses import counts_of, loss_function
+from train.optimizers.wide import widened
 from train.plugs import (
     Batch,
     Context,
@@ -110,7 +111,8 @@ def make_train_step(
             plug, loss, state.params, batch, context, state.extra[plug.name], micro_batches
         )
 
-        norm = optax.tree.norm(grads)
+        # In float32 at least: squares of float16 overflow early, and vanish early.
+        norm = optax.tree.norm(widened(grads))
         counters = state.extra[NONFINITE]
         stopped = counters["in_a_row"] >= max_nonfinite
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)

@@ -22,6 +22,9 @@ PyTree = Any
 Gradient = Literal["identity", "clipped"]
 
 
+SLACK = 1e-5  # of a step: what float32 makes of a weight that lies half a step away
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _fake(w: jax.Array, format: Format, axis: int, candidates: int, gradient: Gradient):
     return quantize(w, format, axis, candidates=candidates).dequantize(w.dtype)
@@ -34,8 +37,10 @@ def _fake_jvp(format, axis, candidates, gradient, primals, tangents):
     if gradient == "identity":
         return rounded, tangent
     # What was rounded by more than half a step was cut off at an end of the grid.
-    scales = quantize(w, format, axis, candidates=candidates).scale_of_each()
-    inside = jnp.abs(w - rounded).astype(jnp.float32) <= 0.5 * jnp.abs(scales)
+    # Compared in float32: a difference in bfloat16 has an error of its own.
+    stored = quantize(w, format, axis, candidates=candidates)
+    apart = jnp.abs(w.astype(jnp.float32) - stored.dequantize(jnp.float32))
+    inside = apart <= (0.5 + SLACK) * jnp.abs(stored.scale_of_each())
     return rounded, jnp.where(inside, tangent, jnp.zeros_like(tangent))
 
 

@@ -30,8 +30,14 @@ PyTree = Any
 BLOCK = 256
 SMALLEST = 4096  # numbers; below, Dettmers et al. keep 32 bits, since there is little to save
 STEPS = 8  # grid numbers an octave
-NONNEGATIVE = ("nu", "nu_max", "sum_of_squares")
-"""What Optax calls moments without a sign."""
+NONNEGATIVE = ("nu", "nu_max", "sum_of_squares", "exp_avg_sq", "e_g", "e_x", "n")
+"""What Optax and ours call moments without a sign."""
+MOMENTS = (*NONNEGATIVE, "mu", "trace", "ema", "exp_avg", "m", "m1", "m2", "v")
+"""What Optax and ours call running sums of gradients and of their squares.
+
+Other arrays of a parameter's shape bear no relative error of 4.4 %: averages of weights, weights of
+the start, covariances, their roots and bases.
+"""
 
 
 class EightBitState(NamedTuple):
@@ -55,20 +61,23 @@ def eight_bit(
     *,
     block: int = BLOCK,
     smallest: int = SMALLEST,
+    moments: tuple[str, ...] = MOMENTS,
     nonnegative: tuple[str, ...] = NONNEGATIVE,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` with its moments kept in 8 bits.
 
-    A moment is an array of the state whose path ends in the path of a parameter of its shape.
-    Everything else, such as counts and factored moments, stays as it is.
+    A moment is an array of the state that is called so and lies under the path of a parameter of
+    its shape. Everything else stays as it is: counts, factored moments, averages of weights.
 
     Args:
       tx: any transformation.
       block: numbers that share a scale, at most.
       smallest: parameters with fewer numbers (in all layers) keep their moments as they are.
-      nonnegative: names in the state under which moments have no sign; these get twice the range.
-      key: rounds stochastically, without bias; None rounds to the nearest power.
+      moments: names of moments in the state.
+      nonnegative: those of them that have no sign; these get twice the range.
+      key: rounds stochastically, without bias; None rounds to the nearest power, and what moves by
+        less than half of the 9 % between two powers stays where it is, for ever.
 
     Raises:
       ValueError: a block below 1; at `init`, if the state holds no moment that is large enough.
@@ -87,12 +96,12 @@ def eight_bit(
 
     def init(params: PyTree) -> EightBitState:
         inner = wrapped.init(params)
-        found = _moments(inner, params, smallest)
+        found = _moments(inner, params, smallest, moments)
         if not found:
             raise ValueError(
-                f"no array of the optimizer's state is shaped like a parameter of {smallest} "
-                "numbers or more, so nothing would be kept in 8 bits; lower `smallest`, or leave "
-                "the wrapper out"
+                f"the optimizer's state has no moment ({', '.join(moments)}) of a parameter of "
+                f"{smallest} numbers or more, so nothing would be kept in 8 bits; lower "
+                "`smallest`, or leave the wrapper out"
             )
         signs = {p: not set(before.split("/")) & set(nonnegative) for p, before in found.items()}
         return _encoded(inner, signs, block, key)
@@ -199,7 +208,9 @@ def _spread(scales: jax.Array, width: int) -> jax.Array:
     return jnp.repeat(scales, -(-width // scales.shape[-1]), axis=-1)[..., :width]
 
 
-def _moments(inner: PyTree, params: PyTree, smallest: int) -> dict[str, str]:
+def _moments(
+    inner: PyTree, params: PyTree, smallest: int, names: tuple[str, ...]
+) -> dict[str, str]:
     """Path of each moment that is kept in 8 bits -> what comes before the parameter's path."""
     shapes = {
         path: leaf.shape
@@ -211,8 +222,9 @@ def _moments(inner: PyTree, params: PyTree, smallest: int) -> dict[str, str]:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
         for parameter, shape in shapes.items():
-            if leaf.shape == shape and f"/{path}".endswith(f"/{parameter}"):
-                found[path] = path.removesuffix(parameter)
+            before = f"/{path}".removesuffix(f"/{parameter}")
+            if leaf.shape == shape and before != f"/{path}" and before.split("/")[-1] in names:
+                found[path] = before
     return found
 
 

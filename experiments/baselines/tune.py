@@ -2,9 +2,10 @@
 
     python -m experiments.speedrun --scale cpu --tune torch-tuned
 
-First every rate with every schedule; with the best of them every pair of betas; then every weight
-decay. The budget is that of the baseline, fixed beforehand. Choices are made by the last loss on
-the validation split; the test split is never opened. The trials lie in
+First every rate with every schedule; with the best of them the batch sizes that our own recipe is
+given, at that rate and at half of it; then every pair of betas, and every weight decay. The budget
+is that of the baseline, fixed beforehand. Choices are made by the last loss on the validation
+split; the test split is never opened. The trials lie in
 experiments/results/speedrun-tuning-SCALE.json, and the grids in the Markdown beside it.
 """
 
@@ -17,8 +18,8 @@ from typing import Any
 from experiments.ladder.scales import Choices, Scale
 from train.schedules import Cosine, Linear
 
-# Around 2e-3, each about 1.7 times the one before it: the step that sees a factor of two.
-RATES = (6e-4, 1e-3, 1.7e-3, 3e-3, 5e-3, 8e-3, 1.4e-2)
+# Around 3e-3, each twice the one before it.
+RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
 # The usual end of a cosine is a tenth of the peak, beside linear's zero.
 SCHEDULES: Mapping[str, Any] = {"linear": Linear(), "cosine": Cosine(final_fraction=0.1)}
 FIRST_MOMENTS = (0.8, 0.9, 0.95)
@@ -36,7 +37,7 @@ def rates_and_schedules(
 
     >>> from experiments.ladder.scales import CPU
     >>> list(rates_and_schedules(CPU))[:2]
-    ['linear 0.0006', 'linear 0.001']
+    ['linear 0.00075', 'linear 0.0015']
     """
     if len(set(rates)) < 5 or len(schedules) < 2:
         raise ValueError(
@@ -49,14 +50,37 @@ def rates_and_schedules(
             scale.choices,
             torch_adamw=dataclasses.replace(plain, learning_rate=rate),
             torch_schedule=schedule,
+            torch_rows=None,
         )
         for name, schedule in schedules.items()
         for rate in rates
     }
 
 
+def batches(scale: Scale) -> dict[str, Choices]:
+    """Returns the batch sizes of `experiments.ladder.rungs`' own trials, for the baseline.
+
+    A quarter and a half of the scale's batch, each at the rate that was chosen and at half of it;
+    and the whole one, which has run.
+
+    >>> from experiments.ladder.scales import CPU
+    >>> list(batches(CPU))[-1]
+    '16 rows, rate 0.004'
+    """
+    rate = scale.choices.torch_adamw.learning_rate
+    found = {}
+    for factor, times in ((0.25, (0.5, 1.0)), (0.5, (0.5, 1.0)), (1.0, (1.0,))):
+        rows = max(1, round(scale.rows * factor))
+        for each in times:
+            choices = _changed(scale, learning_rate=rate * each)
+            found[f"{rows} rows, rate {rate * each:g}"] = dataclasses.replace(
+                choices, torch_rows=rows
+            )
+    return found
+
+
 def betas(scale: Scale) -> dict[str, Choices]:
-    """Returns every beta 1 with every beta 2, at the rate and schedule that were chosen."""
+    """Returns every beta 1 with every beta 2, at the rate, schedule and batch that were chosen."""
     return {
         f"b1 {b1:g}, b2 {b2:g}": _changed(scale, b1=b1, b2=b2)
         for b1 in FIRST_MOMENTS

@@ -190,6 +190,7 @@ def recipe_for(scale: Scale, name: str) -> Recipe:
             optimizer=chosen.torch_adamw,
             schedule=chosen.torch_schedule,
             warmup=chosen.torch_warmup,
+            rows=chosen.torch_rows or scale.rows,
         )
         return tuned.with_model(dropout=0.0)
     return recipe_of(name, scale)

@@ -26,7 +26,7 @@ class Reached:
       flops: by the analytic count, forward and backward.
       training: seconds of data and steps.
       compiling: seconds of compilation.
-      total: seconds of everything, evaluations included.
+      total: seconds of everything but evaluations, of which rows have different numbers.
     """
 
     bits: float
@@ -55,7 +55,7 @@ def points_of(result: Result) -> list[dict[str, float]]:
                 "flops": flops_until(settings, step, size),
                 "training": clock.get("data", 0.0) + clock.get("step", 0.0),
                 "compiling": clock.get("compile", 0.0),
-                "total": row["seconds"],
+                "total": row["seconds"] - clock.get("evaluation", 0.0),
             }
         )
     return points

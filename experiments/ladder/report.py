@@ -36,7 +36,7 @@ from experiments.ladder.side_by_side import speed_against
 from experiments.tables.markdown import grid
 
 SEEDS_TO_KEEP = 3  # what `kept` is decided on
-CLEAR = 2.0  # standard errors: what lies within is no verdict
+CLEAR = 0.05  # p: what lies above is no verdict
 RANGES = (
     (TORCH_TUNED, "training", "seconds of training"),
     (TORCH_TUNED, "compiled", "seconds of training and compiling"),
@@ -239,8 +239,10 @@ def _kept(site: Site) -> list[str]:
 def verdict(site: Site, row: Row) -> tuple[str, str]:
     """Returns whether a rung is in the recipe, and what the seconds to the target say of that.
 
-    A rung pays if the mean logarithm of its ratios to the rung below lies above 0 by more than two
-    of its standard errors, over three seeds at least; it does not if it lies below by as much.
+    A rung pays if the mean logarithm of its ratios to the rung below lies above 0, and would lie as
+    far off by chance in one of twenty cases at most (a paired t-test), over three seeds at least;
+    it does not if it lies below as clearly. Seeds that missed the target leave no verdict: those
+    that are left would be the good ones.
     """
     kept = rung_named(row.name).kept
     word = "yes" if kept else "no"
@@ -251,10 +253,12 @@ def verdict(site: Site, row: Row) -> tuple[str, str]:
     if not found.pairs:
         return word, "nothing to compare"
     figure = f"{_with_error(found, '{:.2f}')}x"
+    if late := [str(seed) for seed in row.seeds if seed not in row.reached]:
+        return word, f"no verdict, {figure}: the target was not reached with seed {', '.join(late)}"
     if found.pairs < SEEDS_TO_KEEP:
         plural = "s" if found.pairs > 1 else ""
         return word, f"no verdict from {found.pairs} seed{plural}, {figure}"
-    pays = "unclear" if abs(found.errors) <= CLEAR else "yes" if found.errors > 0 else "no"
+    pays = "unclear" if found.p > CLEAR else "yes" if found.errors > 0 else "no"
     says = f"{pays}, {figure}, p {p_value(found)}"
     if pays == "unclear" and kept:
         says += " (**kept without proof**)"

@@ -21,6 +21,7 @@ class Choices:
 
     Attributes:
       torch_adamw: of the second baseline.
+      torch_rows: of its batch; None for the scale's.
       torch_warmup: share of its steps.
       torch_schedule: after that.
       adamw: for the GPT-2 block.
@@ -35,6 +36,7 @@ class Choices:
     """
 
     torch_adamw: AdamW = field(default_factory=lambda: AdamW(learning_rate=4e-3))
+    torch_rows: int | None = None
     torch_warmup: float = 0.05
     torch_schedule: Any = field(default_factory=Linear)
     adamw: AdamW = field(default_factory=lambda: AdamW(learning_rate=4e-3))

@@ -208,7 +208,11 @@ def _prediction(pairs: Sequence[tuple[float, float]]) -> tuple[str, str]:
     if len(set(xs)) < 2:
         return "", ""
     fit = line(xs, [math.log(value) for _, value in pairs], math.log(PREDICTED))
-    low, high = math.exp(fit.value - 2 * fit.error), math.exp(fit.value + 2 * fit.error)
+    from scipy.stats import t
+
+    # Where a new size lies in 19 of 20 cases, if the line is one.
+    reach = float(t.ppf(0.975, len(pairs) - 2)) * fit.error if len(pairs) > 2 else math.nan
+    low, high = math.exp(fit.value - reach), math.exp(fit.value + reach)
     said = f"{math.exp(fit.value):.2f}x"
     said += "" if math.isnan(fit.error) else f" ({low:.2f} to {high:.2f})"
     return f"x{10**fit.slope:.2f}", said

@@ -58,6 +58,7 @@ def groups() -> tuple[Group, ...]:
     """Returns all groups in the order in which they choose."""
     torch = (
         Group("torch-tuned, rate and schedule", TORCH_TUNED, tune.rates_and_schedules),
+        Group("torch-tuned, batch", TORCH_TUNED, tune.batches),
         Group("torch-tuned, betas", TORCH_TUNED, tune.betas),
         Group("torch-tuned, decay", TORCH_TUNED, tune.decays),
     )

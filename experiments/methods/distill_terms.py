@@ -19,6 +19,7 @@ from compress.distillation.features import HIDDEN_LOSSES, over_pairs
 from compress.distillation.logits import Divergence
 from compress.distillation.maps import attention_kl, relation_kl
 from model.transformer import Transformer, features, head
+from train.losses import MODEL_INPUTS
 from train.plugs import Batch, Context, LossTerm, View
 
 TEACHER = "teacher"
@@ -72,6 +73,7 @@ def reads(teacher: Transformer, capture: Sequence[str] = ()) -> Prepare:
     """
 
     def prepare(batch: Batch, context: Context) -> Batch:
+        more: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         out = features(
             teacher,
             context.frozen[TEACHER],
@@ -79,6 +81,7 @@ def reads(teacher: Transformer, capture: Sequence[str] = ()) -> Prepare:
             batch.get("positions"),
             batch.get("segments"),
             capture=capture,
+            **more,
         )
         arrays = {"teacher_final": out.final}
         if out.hidden is not None:

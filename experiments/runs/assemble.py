@@ -157,8 +157,8 @@ def _check_average(plugs: Plugs, tx: optax.GradientTransformation, trained: PyTr
             "own; leave it out, or train without the method that makes workers"
         )
     _, average = average_of(jax.eval_shape(tx.init, trained))
-    seen: Any = jax.tree.structure(average)
-    if seen != jax.tree.structure(trained):
+    seen, shown = (jax.tree.map(jnp.shape, tree) for tree in (average, trained))
+    if seen != shown:
         raise ValueError(
             "tail_fraction needs an optimizer that sees every parameter that trains, and a method "
             "of this run hides some from it; leave it out, or train without that method"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
@@ -128,8 +129,10 @@ def execute(
                 here = int(outcome.state.step)
                 before, now = (phase_at(settings, n)[0] for n in (here - 1, here))
                 args = (settings, tokenizer, mesh, execution.division)
-                state = enter_phase(*args, outcome.state, before, now)
-            spent = spent if outcome is None else outcome.seconds
+                begun = time.perf_counter()
+                state = jax.block_until_ready(enter_phase(*args, outcome.state, before, now))
+                seconds = time.perf_counter() - begun
+                spent = {**outcome.seconds, "phase": outcome.seconds.get("phase", 0.0) + seconds}
             outcome = _run_phase(plan, checkpoints, record, state, spent)
         if outcome.reason == "finished" and int(outcome.state.step) < settings.steps:
             outcome.reason = "signal"  # between two phases

@@ -103,7 +103,10 @@ def text_dataset(
 def _text_feed(settings: Settings, corpora: Corpora, out: Path) -> Feed:
     beside = batch_map(_reading(settings, corpora, out))
     held_out = [corpus.split(settings.held_out) for corpus, _ in corpora]
-    held_out_bytes = sum(split.bytes for split in held_out)
+    # Masked, the first token of a document is not predicted, and how many bytes it has is not known
+    # here: bits per byte would come out too low.
+    masked = settings.document_boundaries == "mask"
+    held_out_bytes = 0 if masked else sum(split.bytes for split in held_out)
     # Rows as long as the longest phase has them: one measure for all phases.
     longest = max(settings.phases, key=lambda phase: phase.sequence_length)
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from compress.quantization.optimizer_state import EightBitState
 from experiments.runs.assemble import (
     Parts,
     abstract_frozen,
@@ -24,6 +25,7 @@ from experiments.runs.layout import Division, lay_out, of_state
 from experiments.runs.run import config_for
 from model.config import TransformerConfig
 from model.grow import SIZES, check_growth, keeps_function, sources
+from model.rules import leaf_paths
 from parallel.agreement import is_main
 from train.phases import carried, grown_params, grown_state, same_shapes
 from train.plugs import State
@@ -130,6 +132,7 @@ def check_phases(settings: Settings, tokenizer: Tokenizer) -> None:
         try:
             check_growth(old, new, settings.phases[number - 1].growth)
             _check_methods(settings, assemble(settings, new))
+            _check_codes(settings, old, new)
         except ValueError as error:
             raise ValueError(f"phase {number} cannot follow phase {number - 1}: {error}") from error
 
@@ -145,6 +148,24 @@ def _check_methods(settings: Settings, parts: Parts) -> None:
         raise ValueError(
             f"{', '.join(carrying)} carries something for each parameter from step to step, which "
             "does not grow with the model; train without it, or keep one shape in all phases"
+        )
+
+
+def _check_codes(settings: Settings, old: TransformerConfig, new: TransformerConfig) -> None:
+    """Codes of moments grow by whole layers alone: other rows and columns have other scales."""
+    parts = assemble(settings, old)
+    optimizer = abstract_state(settings, parts).optimizer
+    nodes = jax.tree.leaves(optimizer, is_leaf=lambda node: isinstance(node, EightBitState))
+    if not any(isinstance(node, EightBitState) for node in nodes):
+        return
+    before, after = (
+        {path: leaf.shape[1:] for path, leaf in zip(leaf_paths(p), jax.tree.leaves(p), strict=True)}
+        for p in (abstract_whole(settings, old), abstract_whole(settings, new))
+    )
+    if any(after[path] != shape for path, shape in before.items() if path in after):
+        raise ValueError(
+            "optimizer state in 8 bits grows in depth alone; train without eight_bit_state, or "
+            "keep one width in all phases"
         )
 
 

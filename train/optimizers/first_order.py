@@ -10,6 +10,7 @@ import optax
 from train.optimizers.per_layer import per_layer
 from train.optimizers.settings import DecayingSettings, OptimizerSettings, ScheduleOf, decay_mask
 from train.optimizers.stages import stepped
+from train.optimizers.wide import wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Adam(OptimizerSettings):
 
     def transformation(self, schedule_of: ScheduleOf, params: Any) -> optax.GradientTransformation:
         """See `OptimizerSettings.transformation`."""
-        direction = optax.scale_by_adam(self.b1, self.b2, self.eps)
+        direction = wide(optax.scale_by_adam(self.b1, self.b2, self.eps))
         return stepped(direction, self, schedule_of(self.learning_rate), params)
 
 
@@ -79,7 +80,7 @@ class AdamW(DecayingSettings):
 
     def transformation(self, schedule_of: ScheduleOf, params: Any) -> optax.GradientTransformation:
         """See `OptimizerSettings.transformation`."""
-        direction = optax.scale_by_adam(self.b1, self.b2, self.eps)
+        direction = wide(optax.scale_by_adam(self.b1, self.b2, self.eps))
         return stepped(direction, self, schedule_of(self.learning_rate), params)
 
 
@@ -94,7 +95,7 @@ class Adamax(OptimizerSettings):
 
     def transformation(self, schedule_of: ScheduleOf, params: Any) -> optax.GradientTransformation:
         """See `OptimizerSettings.transformation`."""
-        direction = optax.scale_by_adamax(self.b1, self.b2, self.eps)
+        direction = wide(optax.scale_by_adamax(self.b1, self.b2, self.eps))
         return stepped(direction, self, schedule_of(self.learning_rate), params)
 
 
@@ -106,7 +107,7 @@ class AdamaxW(AdamW):
 
     def transformation(self, schedule_of: ScheduleOf, params: Any) -> optax.GradientTransformation:
         """See `OptimizerSettings.transformation`."""
-        direction = optax.scale_by_adamax(self.b1, self.b2, self.eps)
+        direction = wide(optax.scale_by_adamax(self.b1, self.b2, self.eps))
         return stepped(direction, self, schedule_of(self.learning_rate), params)
 
 
@@ -118,7 +119,7 @@ class NAdamW(AdamW):
 
     def transformation(self, schedule_of: ScheduleOf, params: Any) -> optax.GradientTransformation:
         """See `OptimizerSettings.transformation`."""
-        direction = optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=True)
+        direction = wide(optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=True))
         return stepped(direction, self, schedule_of(self.learning_rate), params)
 
 

@@ -57,7 +57,8 @@ def _keeping_types(tx: optax.GradientTransformation) -> optax.GradientTransforma
 def _decaying(tree: Any) -> Any:
     """Which of these parameters decay; `per_layer` shows an optimizer some of them at a time."""
     return jax.tree_util.tree_map_with_path(
-        lambda key_path, _: path_of(key_path).split("/")[-1] in ("kernel", "embedding"), tree
+        lambda key_path, _: not {"kernel", "embedding"}.isdisjoint(path_of(key_path).split("/")),
+        tree,
     )
 
 

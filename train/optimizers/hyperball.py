@@ -12,6 +12,7 @@ import optax
 from train.optimizers.matrix import MatrixSettings, frobenius, map_to
 from train.optimizers.muon import Muon
 from train.optimizers.stages import decayed
+from train.optimizers.wide import wide
 
 _START_RMS = 0.02  # GPT-2's initial deviation, for matrices that start at zero
 _ON_SPHERE = 0.99  # of the radius; below it a matrix is still growing from zero
@@ -111,7 +112,7 @@ class AdamH(MatrixSettings):
 
     def direction(self) -> optax.GradientTransformation:
         """See `MatrixSettings.direction`."""
-        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+        return wide(optax.scale_by_adam(self.b1, self.b2, self.eps))
 
     def matrix_part(self, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
         """See `MatrixSettings.matrix_part`."""

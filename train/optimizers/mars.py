@@ -11,6 +11,7 @@ import optax
 
 from train.optimizers.matrix import MatrixSettings, map_to
 from train.optimizers.settings import BoolRules
+from train.optimizers.wide import wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Mars(MatrixSettings):
         """See `MatrixSettings.direction`."""
         return optax.chain(
             correct_by_change(self.gamma * self.b1 / (1 - self.b1)),
-            optax.scale_by_adam(self.b1, self.b2, self.eps),
+            wide(optax.scale_by_adam(self.b1, self.b2, self.eps)),
         )
 
 

@@ -13,6 +13,7 @@ import optax
 from model.rules import is_stacked, leaf_paths, match
 from train.optimizers.settings import BoolRules, DecayingSettings, ScheduleOf
 from train.optimizers.stages import stepped
+from train.optimizers.wide import wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class MatrixSettings(DecayingSettings):
             {
                 "matrix": self.matrix_part(schedule_of(self.learning_rate), params),
                 "adam": stepped(
-                    optax.scale_by_adam(self.adam_b1, self.adam_b2, self.adam_eps),
+                    wide(optax.scale_by_adam(self.adam_b1, self.adam_b2, self.adam_eps)),
                     self,
                     schedule_of(self.adam_learning_rate),
                     params,

@@ -47,6 +47,7 @@ from train.optimizers.scion import Scion
 from train.optimizers.settings import OptimizerSettings
 from train.optimizers.shampoo import Shampoo
 from train.optimizers.soap import Soap
+from train.optimizers.wide import wide
 from train.schedules import ScheduleSettings
 
 OPTIMIZERS: dict[str, type[Any]] = {
@@ -167,7 +168,7 @@ def build(
     """
     stages = []
     if settings.clip_norm is not None:
-        stages.append(optax.clip_by_global_norm(settings.clip_norm))
+        stages.append(wide(optax.clip_by_global_norm(settings.clip_norm)))
     stages.append(
         settings.transformation(
             lambda peak: schedule_settings.build(peak, total_steps), params_abstract
