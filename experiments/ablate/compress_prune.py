@@ -31,6 +31,9 @@ METHODS: dict[str, Recipe] = {
     "magnitude 2:4": (Magnitude(pattern="2:4"),),
     "Wanda 2:4": (Wanda(pattern="2:4"),),
     "SparseGPT 2:4": (SparseGPT(pattern="2:4"),),
+    # What scores are compared with differs between the two as well: each in the other's way.
+    "magnitude 50 % of each output": (Magnitude(pattern="by_output"),),
+    "Wanda 50 % of each kernel": (Wanda(pattern="by_kernel"),),
 }
 # Rounding keeps zeros, which are on the grid.
 JOINT: dict[str, Recipe] = {
@@ -68,6 +71,8 @@ ORDERINGS = (
     ("magnitude 2:4", "Wanda 2:4"),
     ("Wanda 2:4", "SparseGPT 2:4"),
     ("SparseGPT 2:4", "SparseGPT 50 %"),
+    ("magnitude 50 % of each output", "Wanda 50 %"),
+    ("magnitude 50 %", "Wanda 50 % of each kernel"),
 )
 JOINT_ORDERINGS = (
     ("SparseGPT 50 %, then RTN4 g32", "SparseGPT 50 % + 4 bit, jointly"),

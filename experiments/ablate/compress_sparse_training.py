@@ -65,8 +65,9 @@ RECOVERED: dict[str, tuple[Any, ...]] = {
     "dense": (),
     "one-shot": (Prune(SPARSITY, schedule="one_shot"),),
     "gradual": (Prune(SPARSITY, schedule="cubic"),),
+    "gradual, over after a quarter": (Prune(SPARSITY, every=RECOVERY_STEPS // 40),),
 }
-GRADUAL = (("one-shot", "gradual"),)
+GRADUAL = (("one-shot", "gradual"), ("one-shot", "gradual, over after a quarter"))
 
 
 def cells(request: Request) -> list[Cell]:

@@ -178,11 +178,11 @@ class Magnitude:
 
     Attributes:
       sparsity: share of zeros.
-      pattern: where they may lie together.
+      pattern: where they may lie: anywhere in a kernel, equally many in each output, or 2:4.
     """
 
     sparsity: float = 0.5
-    pattern: Name24 = "unstructured"
+    pattern: Literal["unstructured", "by_output", "2:4"] = "unstructured"
 
     def __post_init__(self) -> None:
         _check_pattern(self.pattern, self.sparsity)
@@ -203,11 +203,11 @@ class Wanda:
 
     Attributes:
       sparsity: share of zeros.
-      pattern: by output, or where zeros may lie together.
+      pattern: where they may lie: equally many in each output, anywhere in a kernel, or 2:4.
     """
 
     sparsity: float = 0.5
-    pattern: Name24 = "unstructured"
+    pattern: Literal["unstructured", "by_kernel", "2:4"] = "unstructured"
 
     def __post_init__(self) -> None:
         _check_pattern(self.pattern, self.sparsity)
@@ -341,14 +341,15 @@ def _check_formats(*names: str | None) -> None:
             format_of(name)
 
 
-def _check_pattern(name: Name24, sparsity: float) -> None:
+def _check_pattern(name: str, sparsity: float) -> None:
     check_sparsity(sparsity, "the kernels")
     if name == "2:4" and sparsity != 0.5:
         raise ValueError(f"2:4 is a sparsity of 0.5, not {sparsity}; leave the sparsity out")
 
 
-def _pattern(name: Name24, default: Pattern) -> Pattern:
-    return n_of_m(4) if name == "2:4" else default
+def _pattern(name: str, default: Pattern) -> Pattern:
+    known = {"2:4": n_of_m(4), "by_output": by_output, "by_kernel": unstructured}
+    return known.get(name, default)
 
 
 def settings_to_json(method: Any) -> dict[str, Any]:
