@@ -7,6 +7,7 @@ import pytest
 
 from compress.pruning.masks import n_of_m
 from compress.pruning.wanda import wanda, wanda_score
+from experiments.compression.compressors import Magnitude, Wanda
 from model.presets import llama_tiny
 from model.transformer import Transformer, features
 
@@ -59,6 +60,19 @@ def test_it_is_the_slow_one_layer_after_layer(pattern, keep_of):
 def test_inputs_count(strict):
     w, x = jnp.ones((2, 3)), jnp.array([9.0, 4.0])
     assert wanda_score(w, x)[:, 0].tolist() == [3.0, 2.0]
+
+
+def test_weights_are_compared_within_an_output_or_a_kernel():
+    """Of both scores; half of the weights go in either way."""
+    for score in (Magnitude, Wanda):
+        within = {"by_output": score is Magnitude, "by_kernel": score is Wanda}
+        ways = ["unstructured", *(name for name, there in within.items() if there)]
+        for way in ways:
+            _, pruned = score(0.5, way)(MODEL, PARAMS, [TOKENS])
+            zeros = np.asarray(pruned["blocks"]["mlp"]["up"]["kernel"]) == 0
+            assert zeros.mean() == pytest.approx(0.5)
+            by_output = way == "by_output" or (score is Wanda and way == "unstructured")
+            assert (zeros.mean(axis=1) == 0.5).all() == by_output
 
 
 def test_bad_input_is_explained():
