@@ -61,7 +61,6 @@ BAD = {
     "b.tsv": (b"text\tlabel\nd\xe9j\xe0 vu\t1\nfine\t0\n", [2]),
     "a.csv": ('text,label\n"a"b,1\nfine,0\n', [2]),
     "b.csv": ('text,label\n"two\nlines",0\n"open,1\ngood,1\nfine,0\n', [4]),
-    "c.jsonl": ('{"label": 1}\n{"text": "a", "label": 1}\n', [1]),
 }
 
 
@@ -97,6 +96,14 @@ def test_a_missing_column_lists_those_that_are_there(tmp_path):
         assert good[0].columns == {"text": "a", "label": "1"}
     with pytest.raises(ValueError, match="columns names txt, and the task reads text, label"):
         rows(tsv, RowFormat((("txt", "sentence"),)))
+
+
+def test_a_first_object_without_the_column_is_left_out_where_asked(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"label": 1}\n{"text": "a", "label": 1}\n')
+    with pytest.raises(ValueError, match="no column 'text'; it has 'label'"):
+        rows(path)
+    good, bad = rows(path, RowFormat(bad_rows="skip"))
+    assert ([row.line for row in bad], len(good)) == ([1], 1)
 
 
 def test_files_that_cannot_be_read_say_why(tmp_path):

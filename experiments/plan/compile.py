@@ -180,7 +180,7 @@ def child_environment(chip: Chip) -> dict[str, str]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     # A cache of executables of real machines is no place for these, nor are they found in it.
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parent.parent.parent)
     paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     if chip.platform == "tpu":  # Otherwise libtpu looks for the machine that it runs on.

@@ -29,7 +29,7 @@ import numpy as np
 
 from train.records import read_rows
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 STEPS = 40
 LIMIT = 600.0  # seconds for a launch, on a machine that has other things to do
 LAYOUTS = ((1, 4), (2, 2), (4, 1))  # (processes, devices of each)

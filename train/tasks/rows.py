@@ -280,7 +280,7 @@ def _named(
             yield BadRow(line, values)
             continue
         lacking = [name for name in map(form.column, wanted) if name not in values]
-        if lacking and alike:  # so no row is to blame
+        if lacking and (alike or (form.bad_rows == "stop" and not good)):  # no row is to blame
             raise _lacks(path, lacking, values)
         if lacking:
             lacked = lacked or values
