@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.transformer import Model, features, head
+from train.collective_order import after
 from train.plugs import (
     Batch,
     Context,
@@ -118,6 +119,7 @@ def loss_function(
     capture = tuple(sorted({name for term in terms for name in term.capture}))
 
     def loss(params: PyTree, batch: Batch, context: Context) -> tuple[jax.Array, Metrics]:
+        batch = after(batch, context.counts)
         weights = merge(params, context.frozen.get("params", {}))
         for transform in transforms:
             weights = transform.apply(weights, context)

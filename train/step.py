@@ -10,6 +10,7 @@ import optax
 
 from model.rules import is_stacked, path_of
 from model.transformer import Model
+from train.collective_order import after
 from train.losses import counts_of, loss_function
 from train.optimizers.wide import widened
 from train.plugs import (
@@ -165,8 +166,9 @@ def make_evaluation_step(
     def evaluate(state: State, frozen: PyTree, batch: Batch) -> dict[str, dict[str, jax.Array]]:
         ones = {term.name: jnp.float32(1) for term in terms}
         context = Context(state.step, None, frozen, state.extra, ones)
-        _, totals = loss(state.params, batch, context)
-        return {t.name: {"total": totals[t.name], "count": t.count(batch)} for t in terms}
+        counts = {term.name: term.count(batch) for term in terms}
+        _, totals = loss(state.params, after(batch, counts), context)
+        return {name: {"total": totals[name], "count": count} for name, count in counts.items()}
 
     return evaluate
 
