@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +48,7 @@ class Predict:
       column_names: in order, where the first line does not name them.
       bad_rows: "stop" at a row that does not parse, or "skip" it and count.
       rename: LABEL=NAME where labels of the file are called otherwise in the run.
+      tokenizer: of a folder that has none that is read here.
       batch_size: rows at a time.
     """
 
@@ -61,6 +61,7 @@ class Predict:
     column_names: tuple[str, ...] = ()
     bad_rows: Literal["stop", "skip"] = "stop"
     rename: tuple[str, ...] = ()
+    tokenizer: str | None = None
     batch_size: int = 64
 
 
@@ -73,15 +74,14 @@ def run_command(command: Predict) -> list[str]:
     check_free(command.out)
     if command.batch_size < 1:
         raise ValueError(f"batch_size is {command.batch_size}; give at least 1")
-    return opened(command.run, lambda run: _predict(command, run))
-
-
-def opened(spec: str, then: Callable[[Run], Any]) -> Any:
-    """Returns what a function makes of a run, RUN, RUN@STEP or hf:FOLDER."""
-    if foreign_kind(spec) != HF:
-        return then(open_run(*parse_parent(spec)))
+    if foreign_kind(command.run) != HF:
+        if command.tokenizer is not None:
+            raise ValueError(f"{command.run} keeps its tokenizer; leave --tokenizer out")
+        return _predict(command, open_run(*parse_parent(command.run)))
     with tempfile.TemporaryDirectory() as folder:
-        return then(open_run(start_run(spec, Path(folder) / "run") or ""))
+        made = start_run(command.run, Path(folder) / "run", command.tokenizer)
+        assert made is not None  # which scratch alone is not
+        return _predict(command, open_run(made))
 
 
 def _predict(command: Predict, run: Run) -> list[str]:

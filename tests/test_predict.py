@@ -72,19 +72,24 @@ def test_predictions_are_those_of_the_report(run, files, tmp_path):  # noqa: F81
     assert not any("accuracy" in line for line in said)
 
 
-def test_a_folder_of_transformers_says_the_same(run, files, tmp_path):  # noqa: F811
-    to_huggingface(run, tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.json").unlink(missing_ok=True)
-    renamed = tmp_path / "renamed.tsv"
-    test = dict(files.paths)["test"]
+def test_a_folder_of_transformers_says_the_same(files, tmp_path):  # noqa: F811
+    """Its rows are the text alone; its labels may have other names than the file's."""
+    settings = settings_for(files, task=lambda f, dropout: Classification(f, template="{text}"))
+    execute(settings, tmp_path / "run", QUIET)
+    report_task(tmp_path / "run")
+    to_huggingface(tmp_path / "run", tmp_path / "hf")
+    test, renamed = dict(files.paths)["test"], tmp_path / "renamed.tsv"
     with open(test) as file:
         renamed.write_text(file.read().replace("\tgood", "\t1").replace("\tbad", "\t0"))
-    wrong = Predict(str(run), renamed, tmp_path / "c.jsonl")
+    ask = Predict(f"hf:{tmp_path / 'hf'}", renamed, tmp_path / "c.jsonl", tokenizer="bytes")
     with pytest.raises(ValueError, match="not among those of the training file"):
-        run_command(wrong)
-    said = run_command(dataclasses.replace(wrong, rename=("0=bad", "1=good")))
-    accuracy = json.loads((run / "task.json").read_text())["test"]["accuracy"]
+        run_command(ask)
+    said = run_command(dataclasses.replace(ask, rename=("0=bad", "1=good")))
+    close(lines(tmp_path / "c.jsonl"), lines(tmp_path / "run" / "predictions-test.jsonl"))
+    accuracy = json.loads((tmp_path / "run" / "task.json").read_text())["test"]["accuracy"]
     assert any(f"accuracy {accuracy:.4f}" in line for line in said)
+    with pytest.raises(ValueError, match="keeps its tokenizer"):
+        run_command(dataclasses.replace(ask, run=str(tmp_path / "run"), out=tmp_path / "d.jsonl"))
 
 
 def test_a_regression_leaves_in_its_own_units(numbers, tmp_path):
