@@ -61,12 +61,6 @@ ORDERINGS = (
     ("magnitude, gradual", "magnitude, straight-through"),
     ("magnitude over all layers, gradual", "magnitude, gradual"),
 )
-RECOVERED: dict[str, tuple[Any, ...]] = {
-    "dense": (),
-    "one-shot": (Prune(SPARSITY, schedule="one_shot"),),
-    "gradual": (Prune(SPARSITY, schedule="cubic"),),
-    "gradual, over after a quarter": (Prune(SPARSITY, every=RECOVERY_STEPS // 40),),
-}
 GRADUAL = (("one-shot", "gradual"), ("one-shot", "gradual, over after a quarter"))
 
 
@@ -83,12 +77,22 @@ def cells(request: Request) -> list[Cell]:
     ]
 
 
+def recovered(steps: int) -> dict[str, tuple[Any, ...]]:
+    """Returns the methods that prune the base model within a run of `steps`."""
+    return {
+        "dense": (),
+        "one-shot": (Prune(SPARSITY, schedule="one_shot"),),
+        "gradual": (Prune(SPARSITY, schedule="cubic"),),
+        "gradual, over after a quarter": (Prune(SPARSITY, every=max(steps // 40, 1)),),
+    }
+
+
 def recovery_cells(request: Request) -> list[Cell]:
     """Returns runs of equal length from the base model, pruned at once or gradually."""
     found = []
     for seed in range(request.seeds):
         start = base.base_cell(seed)
-        for name, methods in RECOVERED.items():
+        for name, methods in recovered(RECOVERY_STEPS).items():
             settings = dataclasses.replace(
                 recommended(base.SIZE, RECOVERY_STEPS, seed),
                 methods=methods,
