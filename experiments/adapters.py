@@ -248,8 +248,8 @@ def _checked(run: Run, adapter: Adapter) -> PyTree:
     """
     base = adapter.spec["base"]
     ours = json.loads(json.dumps(asdict(run.model.config)))
-    # What only says how the model is computed may differ.
-    free = ("scan_layers", "remat", "dropout")
+    # What only says how the model is computed, or what is dropped in training, may differ.
+    free = ("scan_layers", "remat", "dropout", "layer_drop", "token_drop")
     old, new = ({k: v for k, v in c.items() if k not in free} for c in (base["model"], ours))
     if lines := differences(new, old):
         raise ValueError(

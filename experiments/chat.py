@@ -174,7 +174,9 @@ def conversation(
         said.append(Message("user", line))
         ids = encode(template, said, tokenizer).ids.tolist()
         slots = talk.run.model.config.max_length
-        while len(ids) >= slots and len(said) > len(start) + 1:
+        # An answer is to have room: a quarter of all at most.
+        room = max(1, min(talk.max_new_tokens, slots // 4))
+        while len(ids) > slots - room and len(said) > len(start) + 1:
             said = [*start, *said[len(start) + 2 :]]
             decoding, known = None, 0
             ids = encode(template, said, tokenizer).ids.tolist()

@@ -146,6 +146,14 @@ def test_where_positions_end_the_oldest_questions_go():
         said(talk_of(model, params), "chat", ["x" * 60])
 
 
+def test_an_answer_has_room_where_positions_end(monkeypatch):
+    model, params = built(max_length=64)
+    (letter,) = TOKENIZER.encode("a")
+    monkeypatch.setattr(chat, "draw", lambda *_: letter)
+    # With what was said before, the second question would leave 11 positions.
+    assert said(talk_of(model, params), "chat", ["hi", "hi"]) == 2 * ["a" * 12]
+
+
 def test_half_a_character_waits():
     shown = ""
     pieces = []
