@@ -41,12 +41,13 @@ def fake(job, folder, bits_of=law):
     for step in sorted({*range(every, last, every), last}):
         bits = bits_of(job, step / last)
         clock = {"data": 0.0, "step": 0.01 * step, "compile": 5.0}
-        facts = {"loss": bits, "bits_per_byte": bits, "seconds": 6 + 0.01 * step, "clock": clock}
+        facts = {"loss": bits, "bits_per_byte": bits, "seconds": 5 + 0.01 * step, "clock": clock}
         lines.append(json.dumps({"kind": "evaluation", "step": step, **facts}) + "\n")
     (out / "metrics.jsonl").write_text("".join(lines))
     result = {"reason": "finished", "step": last, "seconds": {}, "evaluation": {}}
     write_json(out / "data.json", [{"name": "a text", "sha256": "c0ffee"}])
-    write_json(out / FACTS, {"machine": {"cores": 2}, "peak_bytes": 5e8, "threads": 2})
+    facts = {"machine": {"cores": 2}, "peak_bytes": 5e8, "threads": 2, "outside": 3.0}
+    write_json(out / FACTS, facts)
     write_json(out / "result.json", result)
 
 
@@ -65,6 +66,7 @@ class Counting:
 
 def ladder(tmp_path, **fields):
     places = {"cells": tmp_path / "cells", "results": tmp_path / "results", "run": Counting()}
+    places["pace"] = lambda job, to: 1.0
     return Ladder("tiny", **{**places, **fields})
 
 

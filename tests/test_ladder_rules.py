@@ -79,17 +79,24 @@ def test_a_run_of_two_recipes_stands_in_the_rows_of_both(tmp_path):
 def test_steps_side_by_side_count_for_todays_recipes_alone(tmp_path):
     site = Site(with_rate(0.02), tmp_path, Gathered({}))
     put_speeds(site, {"muon": 0.5, TORCH: 0.8})
-    assert speed_of(site, "muon") == 0.5
-    assert speed_of(dataclasses.replace(site, scale=site.scale.at(held_out="test")), "muon") == 0.5
+    assert speed_of(site, "muon").ratio == 0.5
+    test = dataclasses.replace(site, scale=site.scale.at(held_out="test"))
+    assert speed_of(test, "muon").ratio == 0.5
     assert speed_of(dataclasses.replace(site, scale=with_rate(0.03)), "muon") is None
-    assert speed_against(site, "muon", TORCH) == pytest.approx(0.5 / 0.8)
+    against = speed_against(site, "muon", TORCH)
+    assert against.ratio == pytest.approx(0.5 / 0.8)
+    # Of both: quartiles that lie 10 % apart, of nine rounds.
+    assert against.error == pytest.approx(2**0.5 * 1.25 * np.log(1.1) / 1.35 / 3)
+    assert speed_against(site, TORCH_TUNED, TORCH_TUNED) == (1.0, 0.0)
+    assert speed_against(site, "muon", "rate") is None
 
 
 def put_speeds(site, speeds):
     for name, ratio in speeds.items():
         item = item_of(site, name)
         recipes = [recipe_key(site.scale, each) for each in (name, TORCH_TUNED)]
-        site.gathered.add(item, {"ratio": ratio, "recipes": recipes}, {})
+        spread = {"quartiles": [ratio, 1.1 * ratio], "rounds": 9}
+        site.gathered.add(item, {"ratio": ratio, "recipes": recipes, **spread}, {})
         table = site.gathered.index.setdefault(site.table, {})
         table[item.name] = {"0": item.key}
 
@@ -150,24 +157,26 @@ def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures
         target = rows.mean_end(site, baseline)
         found = {n: rows.row_of(site, n, target, baseline) for n in chosen}
         after = text[text.index(f"{target:.4f} bits per byte") :]
-        head, *_ = (line for line in after.splitlines() if line.startswith("| rung | to below"))
-        names = [cell.strip() for cell in head.split("|")[1:-1]]
-        assert names[3::4] == [f"to {name}" for name in BASELINES]
-        cells = cells_of(after, "muon", "| rung | to below")
-        assert len(cells) == len(names) == 15
-        for number, name in enumerate(BASELINES):
-            whole, _, compiled, beside = cells[3 + 4 * number : 7 + 4 * number]
+        for name in BASELINES:
+            whole, p, compiled, cold, tokens, turned, _ = cells_of(
+                after, "muon", f"#### To {name}\n"
+            )[1:]
             if (name, baseline) == (TORCH, TORCH_TUNED):  # which never gets there
-                assert all(each.startswith("> ") for each in (whole, compiled, beside))
+                assert all(e.startswith("> ") for e in (whole, compiled, cold, tokens, turned))
                 continue
-            mean = rows.ratio(found["muon"], found[name]).mean
-            assert whole == f"{mean:.2f} ± {rows.ratio(found['muon'], found[name]).error:.2f}x"
-            assert compiled.startswith(
-                f"{rows.ratio(found['muon'], found[name], 'compiled').mean:.2f}"
-            )
-            tokens = rows.ratio(found["muon"], found[name], "tokens").mean
-            assert beside == f"{tokens * 0.5 / speeds[name]:.2f}x"
-    for what in (f"To {TORCH_TUNED}, seconds of training:", "and compiling:", f"To {TORCH}, secon"):
+            of = lambda what, name=name, found=found: rows.ratio(found["muon"], found[name], what)
+            shown = {"training": whole, "compiled": compiled, "cold": cold, "tokens": tokens}
+            for what, cell in shown.items():
+                assert cell == f"{of(what).mean:.2f} ± {of(what).error:.2f}x"
+            assert p == report.p_value(of("training"))
+            assert turned.startswith(f"{of('tokens').mean * 0.5 / speeds[name]:.2f} ± ")
+    both = (
+        f"To {TORCH_TUNED}, sec",
+        f"To {TORCH}, sec",
+        "To the rung below, sec",
+        "and compiling:",
+    )
+    for what in both:
         assert what in text
 
 
@@ -175,9 +184,11 @@ def test_only_rows_that_looked_for_a_loss_are_compared_with_the_row_below(tmp_pa
     chosen = (*BASELINES, "jax", "rate", "batch", "block")
     text = run_ladder(ladder(tmp_path, rungs=chosen))[1].read_text()
     second, first = text.split("### To the end of the first baseline")
+    below = [part[part.index("#### To the rung below") :] for part in (first, second)]
+    below = [part[: part.index("#### To torch")] for part in below]
     for name, there in (("rate", True), ("batch", False), ("block", False)):
-        assert bool(cells_of(first, name, "| rung | to below")[1]) == there
-        assert cells_of(second, name, "| rung | to below")[1]
+        assert (f"| {name} |" in below[0]) == there
+        assert cells_of(below[1], name)[1]
     assert "###" in first
 
 
@@ -198,6 +209,7 @@ def test_a_verdict_needs_one_in_twenty_over_three_seeds(monkeypatch, seconds, ke
     name = "muon" if kept else "length"
     mine, under = row(name, dict(enumerate(seconds))), row("x", {0: 1.5, 1: 1.52, 2: 1.51})
     monkeypatch.setattr(report, "row_of", lambda site, *args: under)
+    monkeypatch.setattr(report, "ratio_in_turn", lambda site, of, to: rows.ratio(of, to))
     monkeypatch.setattr(report, "mean_end", lambda *args: 1.0)
     word, found = report.verdict(None, mine)
     assert word == ("yes" if kept else "no")
@@ -221,6 +233,14 @@ def test_a_run_without_an_evaluation_is_drawn_all_the_same(tmp_path):
     assert picture.exists()
 
 
+def test_without_steps_timed_in_turn_there_is_no_verdict(tmp_path, no_pictures):
+    text = run_ladder(ladder(tmp_path, rungs=("rate", "batch"), seeds=3))[1].read_text()
+    kept = text[text.index("### What is kept") :]
+    assert cells_of(kept, "batch")[2].startswith(
+        "no verdict: its steps have not been timed in turn"
+    )
+
+
 def test_seeds_that_missed_the_target_leave_no_verdict(monkeypatch):
     mine = row("muon", dict(enumerate((1.0, 1.1, 1.2))))
     mine = (
@@ -230,6 +250,7 @@ def test_seeds_that_missed_the_target_leave_no_verdict(monkeypatch):
     )
     under = row("x", {0: 1.5, 1: 1.52, 2: 1.51, 3: 1.5, 4: 1.5})
     monkeypatch.setattr(report, "row_of", lambda site, *args: under)
+    monkeypatch.setattr(report, "ratio_in_turn", lambda site, of, to: rows.ratio(of, to))
     monkeypatch.setattr(report, "mean_end", lambda *args: 1.0)
     _, found = report.verdict(None, mine)
     assert re.search(r"no verdict, 1\.\d+ .* not reached with seed 3, 4", found), found

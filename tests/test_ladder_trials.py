@@ -163,6 +163,40 @@ def test_the_ladder_takes_the_choices_of_the_trials_and_prints_both_grids(tmp_pa
     assert text.count("taken over from there on both sides, and nothing was tuned on this") == 1
 
 
+def test_batches_are_tried_for_equal_seconds(tmp_path):
+    timed = []
+
+    def pace(job, to):
+        sizes = [settings_of(each).phases[0].batch_size for each in (job, to)]
+        timed.append((isinstance(job, BaselineCell), *sizes))
+        return sizes[0] / sizes[1]
+
+    command = tuned(tmp_path, pace=pace)
+    path, text = run_ladder(command)
+    whole = TINY.rows
+    # Each smaller batch once for a side, at whatever rates it is tried.
+    assert timed == [(side, rows, whole) for side in (True, False) for rows in (2, 4)]
+    for group in groups():
+        if group.with_rows is not None:
+            for rows in (2, 4, whole):
+                section = text.read_text().partition(f"### {group.name}")[2]
+                line = next(x for x in section.splitlines() if x.startswith(f"| {rows} rows"))
+                tokens = TINY.search.rounded(TINY.tokens * rows / whole)
+                assert line.split("|")[3].strip() == f"{tokens:,}"
+    assert "2 rows: tokens a second to 8 rows: 0.25x" in text.read_text()
+    run_ladder(tuned(tmp_path, pace=pace, cells=tmp_path / "clone"))
+    assert len(timed) == 4
+
+
+def test_a_group_alone_stands_on_what_others_on_record_chose(tmp_path):
+    for names in (("torch-tuned",), ("rate",), ("batch",), ("block",), ("muon",), ("groups",)):
+        run_ladder(tuned(tmp_path / "apart", *names))
+    apart = read(tmp_path / "apart" / "results" / "speedrun-tuning-tiny.json")
+    whole = read(run_ladder(tuned(tmp_path / "whole"))[0])
+    assert chain(apart, TINY)[-1].after == chain(whole, TINY)[-1].after
+    assert all(chosen.best for chosen in chain(apart, TINY))
+
+
 def test_a_group_that_is_not_whole_chooses_nothing(tmp_path):
     command = tuned(tmp_path, "muon", run=Counting(("rate 0.04, AdamW's 0.008",), bowl))
     command = dataclasses.replace(command, run=Counting(("rate 0.04",), bowl))

@@ -3,9 +3,9 @@
     python -m experiments.speedrun --scale cpu --tune torch-tuned
 
 First every rate with every schedule; with the best of them the batch sizes that our own recipe is
-given, at that rate and at half of it; then every pair of betas, and every weight decay. The budget
-is that of the baseline, fixed beforehand. Choices are made by the last loss on the validation
-split; the test split is never opened. The trials lie in
+given, at that rate and at half of it, for as many seconds; then every pair of betas, and every
+weight decay. The budget is that of the baseline, fixed beforehand. Choices are made by the last
+loss on the validation split; the test split is never opened. The trials lie in
 experiments/results/speedrun-tuning-SCALE.json, and the grids in the Markdown beside it.
 """
 
@@ -77,6 +77,11 @@ def batches(scale: Scale) -> dict[str, Choices]:
                 choices, torch_rows=rows
             )
     return found
+
+
+def with_rows(choices: Choices, rows: int) -> Choices:
+    """Returns choices with so many rows in the baseline's batch."""
+    return dataclasses.replace(choices, torch_rows=rows)
 
 
 def betas(scale: Scale) -> dict[str, Choices]:

@@ -11,16 +11,17 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.baselines.cells import BaselineCell, run_baselines
+from experiments.baselines.cells import BaselineCell, read_baseline, run_baselines
 from experiments.baselines.settings import baseline_from_json, baseline_to_json
 from experiments.bench.child import peak_bytes as host_peak
 from experiments.cli import run_main
-from experiments.grid import Cell, run_cells
+from experiments.grid import Cell, read_result, run_cells
 from experiments.json_files import read_json, write_json
 from experiments.machine import machine
 from experiments.methods.table import METHODS
@@ -29,7 +30,7 @@ from train.loop import LoopSettings
 from train.settings import from_json, to_json
 
 Job = Cell | BaselineCell
-FACTS = "process.json"  # beside result.json: machine, peak of memory, threads
+FACTS = "process.json"  # beside result.json: machine, peak of memory, threads, seconds outside
 
 
 def run_apart(job: Job, folder: Path) -> None:
@@ -41,7 +42,7 @@ def run_apart(job: Job, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{job.key}.job.json"
-    write_json(path, job_to_json(job))
+    write_json(path, {**job_to_json(job), "started": time.time()})
     command = [sys.executable, "-m", "experiments.ladder.child", str(path), str(folder)]
     status = subprocess.run(command, env=_environment(job), check=False).returncode
     if status in (130, -2, 143, -15):
@@ -51,13 +52,29 @@ def run_apart(job: Job, folder: Path) -> None:
     path.unlink()
 
 
-def run_here(job: Job, folder: Path) -> None:
-    """Runs a cell under `folder` in this process."""
+def run_here(job: Job, folder: Path, started: float | None = None) -> None:
+    """Runs a cell under `folder` in this process.
+
+    Args:
+      job: the cell.
+      folder: of all cells.
+      started: when the process was, in seconds of `time.time`.
+    """
+    begun_before = (folder / job.key).exists()
     if isinstance(job, BaselineCell):
         run_baselines([job], folder)
     else:
         run_cells([job], folder, execution=Execution(keep_last=1, keep_best=0))
-    facts = {"machine": machine(), "peak_bytes": peak_bytes(job), "threads": threads(job)}
+    facts: dict[str, Any] = {
+        "machine": machine(),
+        "peak_bytes": peak_bytes(job),
+        "threads": threads(job),
+        "outside": None,
+    }
+    if started is not None and not begun_before:
+        read: Any = read_baseline if isinstance(job, BaselineCell) else read_result
+        if (result := read(job, folder)) and result.evaluations:
+            facts["outside"] = time.time() - started - result.evaluations[-1]["seconds"]
     write_json(folder / job.key / FACTS, facts)
 
 
@@ -100,6 +117,7 @@ def job_from_json(content: dict[str, Any]) -> Job:
 def _environment(job: Job) -> dict[str, str]:
     changes = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     if isinstance(job, BaselineCell):
+        changes["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
         changes["JAX_PLATFORMS"] = "cpu"  # leaves a GPU and its memory to torch
     return {**os.environ, **changes}
 
@@ -107,7 +125,8 @@ def _environment(job: Job) -> dict[str, str]:
 def main() -> None:
     """Runs the job that is named."""
     path, folder = map(Path, sys.argv[1:])
-    run_here(job_from_json(read_json(path)), folder)
+    content = read_json(path)
+    run_here(job_from_json(content), folder, content["started"])
 
 
 if __name__ == "__main__":

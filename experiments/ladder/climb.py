@@ -26,6 +26,7 @@ from experiments.ladder.recipe import Recipe
 from experiments.ladder.rungs import RUNGS, below, first_recipe, recipe_of
 from experiments.ladder.scales import Scale
 from experiments.ladder.search import next_length
+from experiments.ladder.turns import pace
 from experiments.tables.gathered import Gathered
 from train.loop import LoopSettings
 from train.settings import digest, essential
@@ -43,9 +44,10 @@ HEADLINES = ("jax", "rate", "muon", "for-hf", "for-gguf")
 that is kept; others stand in that table with the runs made for the second one's."""
 
 LATER_FACTOR = 2**0.25
-"""Between the lengths of a later seed, which misses the target by little at that of the first."""
+"""Between the lengths of a later seed, whose end lies near the target at that of the first."""
 
 Runner = Callable[[Job, Path], None]
+Pace = Callable[[Job, Job], float]
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Site:
       save: keeps it.
       run: runs a cell under a folder.
       minutes: no further run is begun after so long.
+      pace: times the steps of two cells in turn; returns how many times as many tokens the first
+        learns from in a second.
     """
 
     scale: Scale
@@ -67,6 +71,7 @@ class Site:
     save: Callable[[], None] = lambda: None
     run: Runner = run_apart
     minutes: float | None = None
+    pace: Pace = pace
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -241,13 +246,11 @@ def climb(site: Site, name: str, seed: int, target: float) -> dict[int, Mapping[
     """
     rule = site.scale.search
     start = _start(site, name, seed, target)
-    if seed:  # one length is enough for them, unless it is too short
-        rule = dataclasses.replace(rule, close=math.inf, factor=LATER_FACTOR)
+    if seed:  # every seed has an end on either side of the target, the first one a little further
+        rule = dataclasses.replace(rule, factor=LATER_FACTOR, shorter=LATER_FACTOR)
     tried: dict[int, Mapping[str, Any]] = {}
     while True:
         losses = {tokens: last_bits(values["points"]) for tokens, values in tried.items()}
-        if seed and any(loss <= target for loss in losses.values()):
-            return tried
         length = next_length(rule, losses, target, start)
         if length is None:
             return tried
@@ -307,6 +310,16 @@ def _start(site: Site, name: str, seed: int, target: float) -> float:
     return site.scale.tokens
 
 
+def bracket(site: Site, name: str, seed: int, target: float) -> set[int]:
+    """Returns the shortest length of a seed that was enough for a target and the longest under it.
+
+    Empty where none was enough.
+    """
+    best = enough(site, name, seed, target)
+    under = [n for n in lengths_of(site, name, seed) if best is not None and n < best]
+    return {best, *sorted(under)[-1:]} if best is not None else set()
+
+
 def enough(site: Site, name: str, seed: int, target: float) -> int | None:
     """Returns the shortest length of a seed whose run ended at a target or under it; or None."""
     runs = lengths_of(site, name, seed)
@@ -337,7 +350,7 @@ def _values(job: Job, folder: Path) -> dict[str, Any] | None:
     texts = result.folder / "data.json"
     return {
         "reason": result.reason,
-        "points": points_of(result),
+        "points": points_of(result, facts.get("outside") or math.nan),
         "peak_bytes": facts["peak_bytes"],
         "threads": facts.get("threads"),
         "texts": {f["name"]: f["sha256"] for f in read_json(texts)} if texts.exists() else {},

@@ -13,6 +13,7 @@ from experiments.ladder.climb import (
     TORCH,
     TORCH_COMPILED,
     TORCH_TUNED,
+    Pace,
     Runner,
     Site,
     baselines_of,
@@ -31,6 +32,7 @@ from experiments.ladder.scales import SCALES, Choices, HeldOut, Scale
 from experiments.ladder.side_by_side import measure
 from experiments.ladder.trials import chain, tuned_on
 from experiments.ladder.tune import run_tuning, standing, tuning_path
+from experiments.ladder.turns import pace
 from experiments.tables.gathered import Gathered
 from experiments.tables.report import read, write_data
 
@@ -55,6 +57,7 @@ class Ladder:
       fresh: forget what is gathered of this data.
       results: where it is kept.
       run: runs a cell.
+      pace: times two cells in turn.
     """
 
     scale: str
@@ -72,6 +75,7 @@ class Ladder:
     fresh: bool = False
     results: Path = Path("experiments/results")
     run: Runner = run_apart
+    pace: Pace = pace
 
 
 def run_ladder(command: Ladder) -> list[Path]:
@@ -105,6 +109,7 @@ def run_ladder(command: Ladder) -> list[Path]:
         gathered,
         save=lambda: write_data(path, gathered),
         run=command.run,
+        pace=command.pace,
         minutes=command.max_minutes,
     )
     failures = Failures()

@@ -1,7 +1,8 @@
 """The test split: opened for rungs that are named, at the lengths that the validation split chose.
 
-The very runs that suited a target on the validation split are trained once more, now measured on
-the test split; nothing is searched there. Its targets are the baselines' own ends on it.
+The very runs between which a target was reached on the validation split are trained once more, now
+measured on the test split; nothing is searched there. Its targets are the baselines' own ends on
+it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from experiments.ladder.climb import (
     TORCH_TUNED,
     Site,
     baselines_of,
+    bracket,
     enough,
     lengths_of,
     searched,
@@ -49,6 +51,15 @@ def planned(site: Site, name: str, seed: int, baseline: str) -> int | None:
     return enough(there, COUNTERPART.get(name, name), seed, mean_end(there, baseline))
 
 
+def planned_bracket(site: Site, name: str, seed: int, baseline: str) -> set[int]:
+    """Returns the lengths between which the validation split saw the loss of a baseline reached."""
+    length = planned(site, name, seed, baseline)
+    if length is None or name == TORCH or COUNTERPART.get(name, name) == baseline:
+        return {length} - {None}  # type: ignore[return-value]
+    there = site.on_validation
+    return bracket(there, COUNTERPART.get(name, name), seed, mean_end(there, baseline))
+
+
 def lengths_planned(site: Site, names: Sequence[str], seeds: int) -> Planning:
     """Returns the lengths of each row and seed whose runs are to be measured on the test split.
 
@@ -62,8 +73,8 @@ def lengths_planned(site: Site, names: Sequence[str], seeds: int) -> Planning:
         for seed in range(max(seeds, site.scale.target_seeds) if name in BASELINES else seeds):
             if not lengths_of(there, COUNTERPART.get(name, name), seed):
                 missing.append(f"{name} (seed {seed})")
-            lengths = (planned(site, name, seed, each) for each in (TORCH_TUNED, TORCH))
-            found[name, seed] = {length for length in lengths if length is not None}
+            brackets = (planned_bracket(site, name, seed, b) for b in (TORCH_TUNED, TORCH))
+            found[name, seed] = set().union(*brackets)
     if missing:
         raise ValueError(
             f"the lengths of {', '.join(missing)} have not been found on the validation split; "

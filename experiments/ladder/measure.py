@@ -1,7 +1,14 @@
-"""What a run had cost when it first reached a loss."""
+"""What a loss costs: at a run's first evaluation under it, or between the ends of two runs.
+
+A rung's length is known no better than the lengths that were tried. Two of them, one that ends over
+a target and one under it, give what lies between by a line in the logarithm of tokens; so rows are
+compared by what they need, not by which lengths a search happened to try.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +19,12 @@ from experiments.protocol import flops_until, tokens_until
 from train.tokenizers.tokenizer import load_tokenizer
 
 Values = Mapping[str, Any]
+
+NEAR = 1.5
+"""The most that two lengths may lie apart for what is between them to be read off a line."""
+
+BEYOND = 1.15
+"""How far past either of them the line is read where no further length may be tried."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +37,10 @@ class Reached:
       steps: updates.
       tokens: of their batches.
       flops: by the analytic count, forward and backward.
-      training: seconds of data and steps.
+      training: seconds of everything but compilation, evaluations and checkpoints.
       compiling: seconds of compilation.
-      total: seconds of everything but evaluations, of which rows have different numbers.
+      cold: seconds of everything, from the start of the process: imports, compilation, evaluations
+        and checkpoints included; NaN for a run that was interrupted.
     """
 
     bits: float
@@ -36,11 +50,20 @@ class Reached:
     flops: float
     training: float
     compiling: float
-    total: float
+    cold: float
 
 
-def points_of(result: Result) -> list[dict[str, float]]:
-    """Returns the costs at each evaluation of a run, as JSON values."""
+COSTS = tuple(field.name for field in dataclasses.fields(Reached))
+APART = ("compile", "evaluation", "checkpoint")  # of a clock
+
+
+def points_of(result: Result, outside: float = math.nan) -> list[dict[str, float]]:
+    """Returns the costs at each evaluation of a run, as JSON values.
+
+    Args:
+      result: of the run.
+      outside: seconds of its process before the run and after it.
+    """
     size = load_tokenizer(result.folder / "tokenizer").vocabulary_size
     settings = result.cell.settings
     points = []
@@ -53,9 +76,9 @@ def points_of(result: Result) -> list[dict[str, float]]:
                 "steps": step,
                 "tokens": tokens_until(settings, step),
                 "flops": flops_until(settings, step, size),
-                "training": clock.get("data", 0.0) + clock.get("step", 0.0),
+                "training": row["seconds"] - sum(clock.get(name, 0.0) for name in APART),
                 "compiling": clock.get("compile", 0.0),
-                "total": row["seconds"] - clock.get("evaluation", 0.0),
+                "cold": row["seconds"] + outside,
             }
         )
     return points
@@ -65,7 +88,7 @@ def reached(points: Iterable[Values], target: float) -> Reached | None:
     """Returns the first evaluation at or under a target in bits per byte, or None.
 
     >>> row = {"loss": 1.0, "steps": 1, "tokens": 8, "flops": 1.0, "training": 1.0,
-    ...        "compiling": 0.0, "total": 1.0}
+    ...        "compiling": 0.0, "cold": 1.0}
     >>> reached([row | {"bits": 3.0}, row | {"bits": 1.9, "steps": 2}], 2.0).steps
     2
     """
@@ -75,10 +98,60 @@ def reached(points: Iterable[Values], target: float) -> Reached | None:
     return None
 
 
-def fastest(runs: Sequence[Sequence[Values]], target: float) -> Reached | None:
-    """Returns the cheapest first crossing among runs of several lengths, by seconds of training."""
-    found = [each for each in (reached(points, target) for points in runs) if each]
-    return min(found, key=lambda each: each.training) if found else None
+def between(runs: Sequence[Sequence[Values]], target: float, beyond: float = 1.0) -> Reached | None:
+    """Returns what a run that ends at a target would cost, by those that end nearest to it.
+
+    With ``n0 < n1`` the tokens of two runs, at most `NEAR` apart, and ``b0 > b1`` the bits at their
+    ends, it has ``n = n0 (n1 / n0) ** ((b0 - target) / (b0 - b1))`` tokens; all other costs lie on
+    the line through those of the two, at n.
+
+    Args:
+      runs: of several lengths, each as its evaluations.
+      target: bits per byte.
+      beyond: how many times longer than the longer of the two, or shorter than the shorter, n may
+        be; 1 for between them alone.
+
+    Returns:
+      None where there are no such two.
+
+    >>> cost = {"loss": 1.0, "steps": 1, "flops": 1.0, "compiling": 0.0, "cold": 1.0}
+    >>> short = cost | {"bits": 2.2, "tokens": 100, "training": 1.0}
+    >>> long = cost | {"bits": 1.8, "tokens": 121, "training": 1.21}
+    >>> found = between([[short], [long]], 2.0)
+    >>> found.tokens, round(found.training, 6)
+    (110, 1.1)
+    """
+    ends = sorted((run[-1] for run in runs if run), key=lambda end: end["tokens"])
+    ends = [end for end in ends if math.isfinite(float(end["bits"]))]
+    for reach in dict.fromkeys((1.0, beyond)):
+        for low, high in itertools.pairwise(ends):
+            worse, better = float(low["bits"]), float(high["bits"])
+            apart = high["tokens"] / low["tokens"]
+            if not (1 < apart <= NEAR and worse > better):
+                continue
+            tokens = low["tokens"] * apart ** ((worse - target) / (worse - better))
+            if low["tokens"] / reach <= tokens <= high["tokens"] * reach:
+                return _on_the_line(low, high, tokens, target)
+    return None
+
+
+def _on_the_line(low: Values, high: Values, tokens: float, target: float) -> Reached:
+    share = (tokens - low["tokens"]) / (high["tokens"] - low["tokens"])
+    ends = {name: (_number(low[name]), _number(high[name])) for name in COSTS}
+    costs = {name: first + share * (last - first) for name, (first, last) in ends.items()}
+    whole = {name: round(costs[name]) for name in ("steps", "tokens")}
+    return Reached(**{**costs, **whole, "bits": target})
+
+
+def fastest(runs: Sequence[Sequence[Values]], target: float, beyond: float = 1.0) -> Reached | None:
+    """Returns what a target costs a row: between two of its runs, or else at a first crossing.
+
+    Of several crossings the one with fewest seconds of training counts.
+    """
+    if found := between(runs, target, beyond):
+        return found
+    crossings = [each for each in (reached(points, target) for points in runs) if each]
+    return min(crossings, key=lambda each: each.training) if crossings else None
 
 
 def last_bits(points: Sequence[Values]) -> float:

@@ -29,6 +29,7 @@ from experiments.ladder.rows import (
     mean_end,
     names_of,
     ratio,
+    ratio_in_turn,
     row_of,
 )
 from experiments.ladder.rungs import formats_of, rung_named
@@ -37,11 +38,16 @@ from experiments.tables.markdown import grid
 
 SEEDS_TO_KEEP = 3  # what `kept` is decided on
 CLEAR = 0.05  # p: what lies above is no verdict
-RANGES = (
-    (TORCH_TUNED, "training", "seconds of training"),
-    (TORCH_TUNED, "compiled", "seconds of training and compiling"),
-    (TORCH, "training", "seconds of training"),
+RATIOS = ("rung", "seconds", "p", "with compiling", "cold", "tokens", "steps timed in turn", "p")
+RANGES = tuple(
+    (to, what, said)
+    for to in (None, TORCH_TUNED, TORCH)
+    for what, said in (
+        ("training", "seconds of training"),
+        ("compiled", "seconds of training and compiling"),
+    )
 )
+"""Baseline, or None for the rung below; cost; what the cost is called."""
 
 
 def render(site: Site, path: Path) -> list[str]:
@@ -73,7 +79,7 @@ def render(site: Site, path: Path) -> list[str]:
 
 def _costs(rows: dict[str, Row]) -> list[str]:
     head = ["rung", "seeds", "steps", "tokens, k", "TFLOP", "training s", "with compiling, s"]
-    head += ["all s", "tokens/s", "peak MB"]
+    head += ["cold, s", "tokens/s", "peak MB"]
     return grid(head, [_cost_row(row) for row in rows.values()], "l" + "r" * (len(head) - 1))
 
 
@@ -90,42 +96,50 @@ def _cost_row(row: Row) -> list[str]:
         _with_error(_times(row.mean("tokens"), 1e-3), "{:,.0f}"),
         _with_error(_times(row.mean("flops"), 1e-12), "{:.3g}"),
         _with_error(row.mean("training"), "{:.1f}"),
-        f"{row.mean('compiled')[0]:.1f}",
-        f"{row.mean('total')[0]:.1f}",
-        f"{row.mean('speed')[0]:,.0f}",
+        _with_error(row.mean("compiled"), "{:.1f}"),
+        _with_error(row.mean("cold"), "{:.1f}"),
+        _with_error(row.mean("speed"), "{:,.0f}"),
         peak,
     ]
 
 
 def _ratios(site: Site, rows: dict[str, Row], baseline: str) -> list[str]:
-    """How much faster than the rung below and than each baseline, in three ways of counting."""
-    theirs = [name for name in baselines_of(site.scale) if name in rows]
-    head = ["rung", "to below", "p"]
-    for name in theirs:
-        head += [f"to {name}", "p", "with compiling", "side by side"]
+    """How much faster than the rung below and than each baseline, in all ways of counting."""
+    lines = ["#### To the rung below", ""]
     body = []
     for row in rows.values():
         under = compared_with(row.name)
-        if under is not None and not (searched(row.name, baseline) and searched(under, baseline)):
-            under = None  # one of the two has no run of a length that suits this loss
-        cells = [row.name, *_ratio(site, row, rows, under)]
-        for name in theirs:
-            cells += _ratio(site, row, rows, name)
-            cells += [_ratio(site, row, rows, name, "compiled")[0], _beside(site, row, rows, name)]
-        body.append(cells)
-    return grid(head, body, "l" + "r" * (len(head) - 1))
+        if under is None or under not in rows:
+            continue
+        if searched(row.name, baseline) and searched(under, baseline):  # or no length suits
+            body.append([row.name, *_compared(site, row, rows, under)])
+    lines += grid(RATIOS, body, "l" + "r" * (len(RATIOS) - 1))
+    for name in (name for name in baselines_of(site.scale) if name in rows):
+        lines += ["", f"#### To {name}", ""]
+        body = [[r.name, *_compared(site, r, rows, name)] for r in rows.values() if r.name != name]
+        lines += grid(RATIOS, body, "l" + "r" * (len(RATIOS) - 1))
+    return lines
 
 
-def _beside(site: Site, row: Row, rows: dict[str, Row], baseline: str) -> str:
-    """The ratio of tokens, times that of seconds a token, measured in turn."""
-    speed = speed_against(site, row.name, baseline)
-    if speed is None or row.name == baseline:
-        return ""
-    found = ratio(row, rows[baseline], "tokens")
+def _compared(site: Site, row: Row, rows: dict[str, Row], to: str) -> list[str]:
+    """A row of `RATIOS`."""
+    cells = [*_ratio(site, row, rows, to)]
+    cells += [_ratio(site, row, rows, to, what)[0] for what in ("compiled", "cold", "tokens")]
+    return [*cells, *_in_turn(site, row, rows, to)]
+
+
+def _in_turn(site: Site, row: Row, rows: dict[str, Row], to: str) -> tuple[str, str]:
+    """The ratio of tokens, times that of seconds a token that was timed in turn, and its p."""
+    found = ratio_in_turn(site, row, rows[to])
+    if found is None:
+        return "", ""
     if found.pairs:
-        return f"{found.mean * speed:.2f}x"
-    least = at_least(site, row, baseline, "tokens")
-    return "" if math.isnan(least) else f"> {least * speed:.1f}x"
+        return f"{_with_error(found, '{:.2f}')}x", p_value(found)
+    speed = speed_against(site, row.name, to)
+    least = at_least(site, row, to, "tokens") if to in BASELINES else math.nan
+    if speed is None or math.isnan(least):
+        return "", ""
+    return f"> {least * speed.ratio:.1f}x", ""
 
 
 def _ratio(
@@ -135,7 +149,7 @@ def _ratio(
     if to is None or to == row.name or to not in rows:
         return "", ""
     found = ratio(row, rows[to], what)
-    if found.pairs:
+    if found.pairs and not math.isnan(found.mean):
         return f"{_with_error(found, '{:.2f}')}x", p_value(found)
     least = at_least(site, row, to, what) if to in BASELINES else math.nan
     return ("" if math.isnan(least) else f"> {least:.1f}x"), ""
@@ -201,22 +215,26 @@ def _ranges(site: Site) -> list[str]:
     if not targets or any(map(math.isnan, targets)):
         return ["The baselines have not run yet."]
     lines = [
-        "To so many bits per byte; each row takes the fastest of its runs, whatever length they "
-        "were planned for, and > is against all of a baseline that did not get there.",
+        "To so many bits per byte; each row takes what lies between two of its runs, or the "
+        "fastest of them, whatever length they were planned for, and > is against all of a "
+        "baseline that did not get there.",
     ]
     for baseline, what, about_ in RANGES:
         body = []
         for name in names_of(site):
+            to = baseline or compared_with(name)
+            if to is None:
+                continue
             cells = []
             for target in targets:
-                rows = {n: row_of(site, n, target, TORCH_TUNED) for n in (name, baseline)}
-                one = _ratio(site, rows[name], rows, baseline, what)[0]
-                if name == baseline:
+                rows = {n: row_of(site, n, target, TORCH_TUNED) for n in (name, to)}
+                one = _ratio(site, rows[name], rows, to, what)[0]
+                if name == to:
                     one = "1" if rows[name].reached else ""
                 cells.append(one or "not reached")
             body.append([name, *cells])
         head = ["rung", *(f"{target:.3f}" for target in targets)]
-        lines += ["", f"To {baseline}, {about_}:", ""]
+        lines += ["", f"To {baseline or 'the rung below'}, {about_}:", ""]
         lines += grid(head, body, "l" + "r" * len(targets))
     return lines
 
@@ -232,16 +250,18 @@ def _kept(site: Site) -> list[str]:
         row = row_of(site, name, target, TORCH_TUNED)
         ends = [f"{bits:.4f}" for bits in _ends(site, name)]
         body.append([name, *verdict(site, row), ", ".join(ends), held])
-    head = ["rung", "in the recipe", "pays in seconds", "bits at the end of each length", "formats"]
+    head = ["rung", "in the recipe", "pays in time", "bits at the end of each length", "formats"]
     return grid(head, body, "lllll")
 
 
 def verdict(site: Site, row: Row) -> tuple[str, str]:
-    """Returns whether a rung is in the recipe, and what the seconds to the target say of that.
+    """Returns whether a rung is in the recipe, and what its time to the target says of that.
 
-    A rung pays if the mean logarithm of its ratios to the rung below lies above 0, and would lie as
-    far off by chance in one of twenty cases at most (a paired t-test), over three seeds at least;
-    it does not if it lies below as clearly. Seeds that missed the target leave no verdict: those
+    Time is that of the tokens at the pace of steps that were timed in turn. A rung pays if the mean
+    logarithm of its ratios to the rung below lies above 0, and would lie as far off by chance in
+    one of twenty cases at most (a paired t-test), over three seeds at least; it does not if it lies
+    below as clearly. Without such timings there is no verdict, since runs of different hours differ
+    by more than many a rung is worth. Seeds that missed the target leave no verdict: those
     that are left would be the good ones.
     """
     kept = rung_named(row.name).kept
@@ -249,7 +269,9 @@ def verdict(site: Site, row: Row) -> tuple[str, str]:
     under = compared_with(row.name)
     if under is None:
         return word, ""
-    found = ratio(row, row_of(site, under, mean_end(site, TORCH_TUNED), TORCH_TUNED))
+    found = ratio_in_turn(site, row, row_of(site, under, mean_end(site, TORCH_TUNED), TORCH_TUNED))
+    if found is None:
+        return word, "no verdict: its steps have not been timed in turn (--side-by-side)"
     if not found.pairs:
         return word, "nothing to compare"
     figure = f"{_with_error(found, '{:.2f}')}x"

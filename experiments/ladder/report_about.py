@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.ladder.climb import BASELINES, Site, baselines_of, data_name
+from experiments.ladder.climb import (
+    BASELINES,
+    TORCH_TUNED,
+    Site,
+    baselines_of,
+    data_name,
+    recipe_for,
+)
 from experiments.ladder.rungs import RUNGS
 from experiments.ladder.scales import SCALES
 from experiments.ladder.trials import SEED, Chosen, changes, edges, tuned_on
@@ -28,13 +35,18 @@ def about(site: Site, path: Path) -> list[str]:
         f"({scale.tokens / 1e6:.2f} M), fixed before anything was tuned. A target is the mean loss "
         f"of a baseline at the end of that budget, over seeds 0 to {scale.target_seeds - 1}, "
         "however many a rung has. Every rung looks for the length of its schedule by one rule "
-        f"(`experiments/ladder/search.py`), with at most {scale.search.runs} runs; the first "
-        f"evaluation at or under the target counts, at {scale.evaluations} evaluations a run. "
+        f"(`experiments/ladder/search.py`), with at most {scale.search.runs} runs a seed; its "
+        "costs are interpolated between the two that end on either side of the target "
+        "(`experiments/ladder/measure.py`), and where there are no such two the first evaluation "
+        f"at or under it counts, of {scale.evaluations} a run. "
         "Figures are means over seeds ± standard errors; ratios are of paired seeds, above 1 is "
         "faster, p is of a two-sided paired t-test of their logarithms. "
-        "Side by side: the ratio of tokens times that of seconds a token, with rung and baseline "
-        "in turn on the same machine. " + _split(site),
+        "Cold: from the start of the process, imports, compilation, evaluations and checkpoints "
+        "included. Steps timed in turn: the ratio of tokens times that of seconds a token, with "
+        "rung and baseline in turn on the same machine; what is kept is decided by it, since the "
+        "seconds of runs are those of the hour they ran in. " + _split(site),
         "",
+        *_tuned_batch(site),
         *_facts(site),
         *(f"* {name}: {BASELINES[name]}" for name in baselines_of(scale)),
         *(f"* {rung.name}: {rung.about}" for rung in RUNGS),
@@ -52,6 +64,14 @@ def _split(site: Site) -> str:
         "Losses are of the test split, which no trial and no search has seen: the lengths are "
         "those that suited the validation split, and its runs were trained once more."
     )
+
+
+def _tuned_batch(site: Site) -> Iterable[str]:
+    """The batch of the tuned baseline, where it is not that of the scale."""
+    rows, scale = recipe_for(site.scale, TORCH_TUNED).rows, site.scale
+    if rows != scale.rows:
+        steps = scale.tokens // (rows * scale.length)
+        yield f"* the tuned baseline's batch: {steps:,} steps of {rows} x {scale.length} tokens"
 
 
 def _facts(site: Site) -> Iterable[str]:

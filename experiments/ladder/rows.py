@@ -17,8 +17,9 @@ from experiments.ladder.climb import (
     Site,
     lengths_of,
 )
-from experiments.ladder.measure import Reached, fastest, last_bits
+from experiments.ladder.measure import BEYOND, Reached, fastest, last_bits
 from experiments.ladder.rungs import RUNGS, below
+from experiments.ladder.side_by_side import EQUAL, Speed, speed_against
 
 Curves = Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]
 """seed -> the runs of a row, of several lengths, each as its evaluations."""
@@ -92,10 +93,12 @@ def row_of(site: Site, name: str, target: float, end_of: str | None = None) -> R
         counts with all of its run.
     """
     curves = curves_of(site, name)
+    # Where no further length may be tried, those there are do for what lies just past them.
+    beyond = BEYOND if site.scale.held_out == "test" else 1.0
     ends_it = name == end_of or (name, end_of) == (TORCH_COMPILED, TORCH_TUNED)
     found: dict[int, Reached] = {}
     for seed, runs in curves.items():
-        there = fastest(runs, target)
+        there = fastest(runs, target, beyond)
         if there is None and ends_it:
             longest = runs[-1]
             there = fastest([longest], last_bits(longest))
@@ -126,22 +129,29 @@ class Ratio(NamedTuple):
     errors: float = math.nan
 
 
-def ratio_of(ratios: Sequence[float]) -> Ratio:
+def ratio_of(ratios: Sequence[float], speed: Speed = EQUAL) -> Ratio:
     """Returns mean and error of paired ratios, and how clearly their logarithms lie off 0.
 
     With ``m`` and ``s`` mean and standard error of the logarithms over n pairs, ``t = m / s`` has
-    Student's distribution of n - 1 degrees of freedom if there is no difference.
+    Student's distribution of n - 1 degrees of freedom if there is no difference. A factor of all
+    pairs adds its own error: ``m + log f`` and ``sqrt(s^2 + e^2)``, on the same degrees.
+
+    Args:
+      ratios: of the pairs.
+      speed: a factor that all of them share, and the standard error of its logarithm.
 
     >>> found = ratio_of([1.9, 2.0, 2.1])
     >>> found.pairs, round(found.mean, 6), 0.001 < found.p < 0.01
     (3, 2.0, True)
     """
-    mean, error = mean_and_error(ratios)
+    mean, error = mean_and_error([speed.ratio * value for value in ratios])
     count = len(ratios)
     if count < 2:
         return Ratio(mean, error, count)
-    logs = np.log(ratios)
-    middle, spread = float(logs.mean()), float(logs.std(ddof=1)) / math.sqrt(count)
+    error = math.hypot(error, mean * speed.error)
+    logs = np.log(ratios) + math.log(speed.ratio)
+    middle = float(logs.mean())
+    spread = math.hypot(float(logs.std(ddof=1)) / math.sqrt(count), speed.error)
     if spread == 0.0:  # equal to the last bit: of counts, not of times
         errors = math.copysign(math.inf, middle) if middle else 0.0
     else:
@@ -156,8 +166,22 @@ def ratio(of: Row, to: Row, what: str = "training") -> Ratio:
 
     Seeds are paired: same initial parameters where the model is the same, same order of the data.
     """
+    return ratio_of(_pairs(of, to, what))
+
+
+def _pairs(of: Row, to: Row, what: str) -> list[float]:
     seeds = sorted(set(of.reached) & set(to.reached))
-    return ratio_of([cost(to.reached[s], what) / cost(of.reached[s], what) for s in seeds])
+    return [cost(to.reached[s], what) / cost(of.reached[s], what) for s in seeds]
+
+
+def ratio_in_turn(site: Site, of: Row, to: Row) -> Ratio | None:
+    """Returns the ratio of tokens, times that of seconds a token that was timed in turn.
+
+    Runs of different hours do not tilt it, as they do the ratio of their seconds. None where the
+    steps of either have not been timed (`experiments.ladder.side_by_side`).
+    """
+    speed = speed_against(site, of.name, to.name)
+    return None if speed is None else ratio_of(_pairs(of, to, "tokens"), speed)
 
 
 def at_least(site: Site, of: Row, baseline: str, what: str = "training") -> float:

@@ -34,6 +34,7 @@ class Rung:
       kept: whether what comes after builds on it.
       trials: what `--tune` tries for it, by name.
       trial_share: of the baseline's budget, that a trial takes: about what the rung needs.
+      with_rows: of trials of batches, see `experiments.ladder.trials.Group`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Rung:
     kept: bool = True
     trials: Trials | None = None
     trial_share: float = 1.0
+    with_rows: Callable[[Choices, int], Choices] | None = None
 
 
 def first_recipe(scale: Scale) -> Recipe:
@@ -87,8 +89,8 @@ def _batch(recipe: Recipe, scale: Scale) -> Recipe:
 def _batch_trials(scale: Scale) -> dict[str, Choices]:
     """A quarter and a half of the baseline's batch, each at its rate and at half of it; and it.
 
-    Smaller ones still learn more from a token, and take longer over it than they gain; the whole
-    batch at the tuned rate is the rung below, and no run of its own.
+    All for as many seconds; the whole batch at the tuned rate is the rung below, and no run of its
+    own.
     """
     found = {}
     for factor, factors in ((0.25, (0.5, 1.0)), (0.5, (0.5, 1.0)), (1.0, (1.0,))):
@@ -260,7 +262,13 @@ def _off(rung: Rung) -> Rung:
 RUNGS: tuple[Rung, ...] = (
     Rung("jax", "the first baseline's learning in our step", _same),
     Rung("rate", "AdamW, tuned rate, linearly to zero, no dropout", _rate, trials=_rate_trials),
-    Rung("batch", "a batch that fits the budget", _batch, trials=_batch_trials),
+    Rung(
+        "batch",
+        "a batch that fits the budget",
+        _batch,
+        trials=_batch_trials,
+        with_rows=lambda choices, rows: dataclasses.replace(choices, rows=rows),
+    ),
     Rung(
         "block",
         "rotary, RMSNorm, no biases, squared ReLU, QK-norm, zero-init, an untied head",
@@ -281,6 +289,7 @@ RUNGS: tuple[Rung, ...] = (
     ),
     Rung("cautious", "weight decay only where it goes the way of the step", _cautious),
     _off(Rung("length", "sequences of a quarter and a half of the length first", _length)),
+    # On the CPU it saves no time: blocks of keys are computed whole, and only what counts is less.
     _off(Rung("window", "attention over a quarter and a half of the length first", _window)),
     _off(Rung("momentum", "Muon's momentum from 0.85 up over the first 15 %", _momentum)),
     _off(Rung("depth", "a quarter of the blocks for the first 30 %, then all", _depth)),

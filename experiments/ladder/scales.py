@@ -82,7 +82,7 @@ class Scale:
     length: int
     tokenizer: str
     tokens: int
-    evaluations: int = 6
+    evaluations: int = 4
     runs: int = 5
     choices: Choices = field(default_factory=Choices)
     mode: Any = "eager"

@@ -20,8 +20,10 @@ class Search:
       least: tokens of the shortest run.
       most: tokens of the longest, the budget of the baseline.
       quantum: tokens that every length is a multiple of.
-      factor: between one length and the next, as long as only one side of the loss is known.
-      close: a shorter length that fails, within this factor, ends the search.
+      factor: up to the next length, as long as all fail.
+      shorter: down to the next length, as long as all are enough.
+      close: a shorter length that fails, within this factor, ends the search: what lies between the
+        two is interpolated (`experiments.ladder.measure.between`).
       runs: the most lengths to try.
     """
 
@@ -29,7 +31,8 @@ class Search:
     most: int
     quantum: int
     factor: float = 2**0.5
-    close: float = 1.1
+    shorter: float = 2.0  # short runs are cheap
+    close: float = 1.25
     runs: int = 5
 
     def rounded(self, tokens: float) -> int:
@@ -73,7 +76,7 @@ def next_length(
     best = min(enough)
     shorter = [tokens for tokens in tried if tokens < best]
     if not shorter:
-        return _new(rule, tried, best / rule.factor**2)  # short runs are cheap
+        return _new(rule, tried, best / rule.shorter)
     worse = max(shorter)
     if best <= rule.close * worse:
         return None

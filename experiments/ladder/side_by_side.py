@@ -6,29 +6,36 @@ tuned baseline take turns, each in a process of its own, and their ratio is the 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
-from experiments.bench.ratios import order
-from experiments.bench.sides import REST, Side
 from experiments.grid import Measurement
-from experiments.ladder.child import job_to_json
 from experiments.ladder.climb import (
-    BASELINES,
     TORCH_TUNED,
     Site,
     data_name,
     job_of,
-    recipe_for,
     recipe_key,
 )
 from experiments.ladder.scales import Scale
+from experiments.ladder.turns import ROUNDS, TOKENS, Turn, settings_of, take_turns
 from experiments.machine import machine
 from experiments.tables.ratios import paired
-from train.tokenizers.tokenizer import load_tokenizer
 
-ROUNDS, TOKENS = 9, 20_000  # of a turn, about: a second or two on two cores
+
+class Speed(NamedTuple):
+    """How many times as many tokens a row learns from in a second as another one.
+
+    Attributes:
+      ratio: the median over rounds in turn.
+      error: standard error of its logarithm.
+    """
+
+    ratio: float
+    error: float
+
+
+EQUAL = Speed(1.0, 0.0)
 
 
 def item_of(site: Site, name: str) -> Measurement:
@@ -47,14 +54,17 @@ def measure(site: Site, name: str) -> None:
     seeds = site.gathered.index.setdefault(_table(site), {}).setdefault(item.name, {})
     if not site.gathered.has(item):
         print(f"\n{item.name}")
-        values = {**_take_turns(site, name), "recipes": _recipes(site.scale, name)}
+        values = {**_measured(site, name), "recipes": _recipes(site.scale, name)}
         site.gathered.add(item, values, machine())
     seeds["0"] = item.key
     site.save()
 
 
-def speed_of(site: Site, name: str) -> float | None:
+def speed_of(site: Site, name: str) -> Speed | None:
     """Returns the ratio of seconds a token, above 1 for a rung faster than the tuned baseline.
+
+    Of a median over n normal rounds with quartiles q1 and q3, 1.25 (q3 - q1) / (1.35 sqrt(n)) is
+    the standard error.
 
     None if it has not been measured, or of other recipes than today's. It is the same on either
     split.
@@ -63,14 +73,19 @@ def speed_of(site: Site, name: str) -> float | None:
     cell = site.gathered.cells.get(key)
     if cell is None or cell["values"].get("recipes") != _recipes(site.scale, name):
         return None
-    return float(cell["values"]["ratio"])
+    values = cell["values"]
+    low, high = values["quartiles"]
+    return Speed(
+        values["ratio"], 1.25 * math.log(high / low) / (1.35 * math.sqrt(values["rounds"]))
+    )
 
 
-def speed_against(site: Site, name: str, baseline: str) -> float | None:
-    """Returns the ratio of seconds a token of any baseline and a rung, each by the tuned one's."""
-    mine = speed_of(site, name)
-    theirs = 1.0 if baseline == TORCH_TUNED else speed_of(site, baseline)
-    return None if mine is None or theirs is None else mine / theirs
+def speed_against(site: Site, name: str, other: str) -> Speed | None:
+    """Returns the ratio of seconds a token of any row to a row, each by the tuned baseline's."""
+    mine, theirs = (EQUAL if n == TORCH_TUNED else speed_of(site, n) for n in (name, other))
+    if mine is None or theirs is None:
+        return None
+    return Speed(mine.ratio / theirs.ratio, math.hypot(mine.error, theirs.error))
 
 
 def _recipes(scale: Scale, name: str) -> list[str]:
@@ -81,40 +96,29 @@ def _table(site: Site) -> str:
     return data_name(site.scale.at(held_out="validation"))
 
 
-def _take_turns(site: Site, name: str) -> dict[str, Any]:
-    scale = site.scale
-    job = job_of(scale, name, scale.tokens, 0)
-    other = job_of(scale, TORCH_TUNED, scale.tokens, 0)
-    recipe = recipe_for(scale, name)
-    phases = recipe.settings(scale.data, scale.tokens, 0).phases
+def _measured(site: Site, name: str) -> dict[str, Any]:
+    """Each phase of a rung beside the step of the tuned baseline, and the whole run."""
+    job, other = (job_of(site.scale, each, site.scale.tokens, 0) for each in (name, TORCH_TUNED))
+    phases = settings_of(job).phases
     tokens = [phase.steps * phase.batch_size * phase.sequence_length for phase in phases]
-    sizes = {each: _vocabulary(recipe_for(scale, each).tokenizer) for each in (name, "jax")}
-    own = {"job": job_to_json(job), "vocabulary": sizes[name]}
-    theirs = {"job": job_to_json(other), "vocabulary": sizes["jax"], "phase": 0}
-    torch: Mapping[str, str] = {"JAX_PLATFORMS": "cpu"}
-    seconds: list[list[float]] = []  # phase -> round -> seconds a token
+    found: list[list[float]] = []  # phase -> ratio and its quartiles
     base: list[float] = []
-    with Side("ladder", theirs, torch) as baseline:
-        for index in range(len(phases)):
-            environment = torch if name in BASELINES else {}
-            with Side("ladder", {**own, "phase": index}, environment) as rung:
-                turn = {"rung": rung, TORCH_TUNED: baseline}
-                steps = {n: max(1, TOKENS // side.facts["tokens"]) for n, side in turn.items()}
-                answers: dict[str, list[float]] = {n: [] for n in turn}
-                for round_ in range(ROUNDS):
-                    for n in order(list(turn), round_):
-                        time.sleep(REST)
-                        taken = turn[n].ask("time", steps=steps[n])
-                        answers[n].append(taken / (steps[n] * turn[n].facts["tokens"]))
-                found = paired(answers[TORCH_TUNED], answers["rung"])
-                seconds.append([found["ratio"], *found["quartiles"]])
-                base += answers[TORCH_TUNED]
+    for index in range(len(phases)):
+        seconds = take_turns({"rung": Turn(job, index), TORCH_TUNED: Turn(other)})
+        one = paired(seconds[TORCH_TUNED], seconds["rung"])
+        found.append([one["ratio"], *one["quartiles"]])
+        base += seconds[TORCH_TUNED]
     # Of a token of the run: each phase's share of the tokens takes 1 / ratio of the baseline's.
-    whole = sum(tokens)
-    ratio = 1.0 / sum(t / whole / r[0] for t, r in zip(tokens, seconds, strict=True))
-    return {"ratio": ratio, "phases": seconds, "tokens": tokens, "seconds a token": base}
-
-
-def _vocabulary(tokenizer: str) -> int:
-    kind, _, number = tokenizer.partition(":")
-    return int(number) if kind == "sentencepiece" else load_tokenizer(tokenizer).vocabulary_size
+    shares = [count / sum(tokens) for count in tokens]
+    ratio, low, high = (
+        1.0 / sum(share / each[place] for share, each in zip(shares, found, strict=True))
+        for place in range(3)
+    )
+    return {
+        "ratio": ratio,
+        "quartiles": [low, high],
+        "rounds": ROUNDS,
+        "phases": found,
+        "tokens": tokens,
+        "seconds a token": base,
+    }

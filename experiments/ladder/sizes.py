@@ -4,9 +4,10 @@ At each size the ladder is climbed from `rate`, our GPT-2 block under tuned Adam
 end of its budget is the target: 0.3 of the scale's budget at the smallest, more with the root of
 the parameters. Rates of AdamW go down with the width, as muP has it for kernels; those of Muon hold
 as they are. The ratio of a rung is that of its seconds of training to those of the next one below
-that was run; its logarithm is fitted as a line over the logarithm of the parameters (embeddings
-included), and the range is two standard errors of a new point to either side. A ratio measured at
-124 M (`--scale gpu`) stands beside what the line says, once there is one.
+that was run, and that of the whole recipe to `rate`; its logarithm is fitted as a line over the
+logarithm of the parameters (embeddings included), and the range is two standard errors of a new
+point to either side. A ratio measured at 124 M (`--scale gpu`) stands beside what the line says,
+once there is one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from model.flops import parameter_count
 FROM = "rate"
 PREDICTED = 124e6
 SHARE = 0.3  # of the scale's budget, at the smallest size
-RUNS = 3
+RUNS = 4
 SHAPES: Mapping[str, tuple[int, int, int]] = {
     # layers, width, heads: 0.5, 1.3, 4 and 12 M parameters with 2,048 pieces
     "0.5M": (2, 96, 3),
@@ -155,11 +156,18 @@ def run_sizes(
     return written
 
 
-def ratios_of(site: Site, scale: Scale, name: str) -> list[float]:
-    """Returns seconds of the next measured rung below over those of a rung, a figure a seed."""
+def ratios_of(site: Site, scale: Scale, name: str, to: str | None = None) -> list[float]:
+    """Returns seconds of another rung over those of a rung, a figure a seed.
+
+    Args:
+      site: with what is gathered.
+      scale: of a size.
+      name: of the rung.
+      to: of the other; the next one below that was measured if None.
+    """
     small = dataclasses.replace(site, scale=scale)
     target = mean_end(small, FROM)
-    under = _measured_below(small, name)
+    under = to or _measured_below(small, name)
     if under is None or math.isnan(target):
         return []
     rows = [row_of(small, each, target, FROM) for each in (name, under)]
@@ -182,14 +190,17 @@ def write_sizes(site: Site, path: Path) -> list[Path]:
     lines += [f"    python -m experiments.speedrun --scale {site.scale.name} --sizes", ""]
     lines += [" ".join((__doc__ or "").split()), ""]
     body, points = [], {}
-    for rung in RUNGS:
-        found = {label: ratios_of(site, scale, rung.name) for label, scale in scales.items()}
+    compared: list[tuple[str, str, str | None]] = [(rung.name, rung.name, None) for rung in RUNGS]
+    if whole := _whole(site, scales):
+        compared.append((f"{whole}, to {FROM}", whole, FROM))
+    for title, name, to in compared:
+        found = {label: ratios_of(site, scale, name, to) for label, scale in scales.items()}
         pairs = [(sizes[label], value) for label, values in found.items() for value in values]
         if not pairs:
             continue
-        points[rung.name] = pairs
+        points[title] = pairs
         cells = [f"{np.mean(values):.2f}x" if values else "" for values in found.values()]
-        body.append([rung.name, *cells, *_prediction(pairs), _measured(path, rung.name)])
+        body.append([title, *cells, *_prediction(pairs), _measured(path, name, to)])
     head = ["rung", *(f"{sizes[label] / 1e6:.2f} M" for label in scales)]
     head += ["per tenfold", "said of 124 M", "measured at 124 M"]
     lines += grid(head, body, "l" + "r" * (len(head) - 1))
@@ -218,7 +229,15 @@ def _prediction(pairs: Sequence[tuple[float, float]]) -> tuple[str, str]:
     return f"x{10**fit.slope:.2f}", said
 
 
-def _measured(path: Path, name: str) -> str:
+def _whole(site: Site, scales: Mapping[str, Scale]) -> str | None:
+    """The highest kept rung that was measured at every size: the recipe as far as it goes."""
+    sites = [dataclasses.replace(site, scale=scale) for scale in scales.values()]
+    kept = [rung.name for rung in RUNGS if rung.kept and rung.name != FROM]
+    found = [name for name in kept if all(curves_of(small, name) for small in sites)]
+    return found[-1] if found else None
+
+
+def _measured(path: Path, name: str, to: str | None) -> str:
     """The ratio of the 124 M ladder, where one lies beside."""
     other = path.with_name("speedrun-gpu.json")
     if not other.exists():
@@ -229,7 +248,7 @@ def _measured(path: Path, name: str) -> str:
         target = mean_end(far, FROM)
         if math.isnan(target):
             continue
-        under = _measured_below(far, name)
+        under = to or _measured_below(far, name)
         if under is None:
             continue
         found = ratio(row_of(far, name, target, FROM), row_of(far, under, target, FROM))
@@ -253,7 +272,7 @@ def _draw(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> No
             axes.plot(ends, fitted, color=drawn.get_color(), linewidth=0.8)
     axes.axhline(1.0, color="grey", linewidth=0.6)
     axes.axvline(PREDICTED, color="grey", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="parameters", ylabel="times as fast as the rung below", xscale="log")
+    axes.set(xlabel="parameters", ylabel="times as fast as what it is compared with", xscale="log")
     axes.set_yscale("log")
     axes.legend(fontsize=7, frameon=False)
     axes.grid(alpha=0.3)

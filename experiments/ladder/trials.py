@@ -41,12 +41,15 @@ class Group:
       subject: the rung or baseline that is trained.
       trials: scale, with what was chosen before -> title -> choices.
       share: of the baseline's budget that a trial takes.
+      with_rows: choices and rows -> choices with a batch of so many, for trials that take equal
+        seconds whatever their batch; None for equal tokens.
     """
 
     name: str
     subject: str
     trials: Tried
     share: float = 1.0
+    with_rows: Callable[[Choices, int], Choices] | None = None
 
     @property
     def side(self) -> str:
@@ -58,11 +61,15 @@ def groups() -> tuple[Group, ...]:
     """Returns all groups in the order in which they choose."""
     torch = (
         Group("torch-tuned, rate and schedule", TORCH_TUNED, tune.rates_and_schedules),
-        Group("torch-tuned, batch", TORCH_TUNED, tune.batches),
+        Group("torch-tuned, batch", TORCH_TUNED, tune.batches, with_rows=tune.with_rows),
         Group("torch-tuned, betas", TORCH_TUNED, tune.betas),
         Group("torch-tuned, decay", TORCH_TUNED, tune.decays),
     )
-    ours = (Group(r.name, r.name, r.trials, r.trial_share) for r in RUNGS if r.trials is not None)
+    ours = (
+        Group(r.name, r.name, r.trials, r.trial_share, r.with_rows)
+        for r in RUNGS
+        if r.trials is not None
+    )
     return (*torch, *ours)
 
 
@@ -87,10 +94,20 @@ def groups_named(names: Sequence[str]) -> tuple[Group, ...]:
     return tuple(group for group in known if group.subject in names)
 
 
-def trial_job(scale: Scale, group: Group, title: str, choices: Choices) -> tuple[Job, str]:
-    """Returns the cell of a trial, measured on the validation split at its end, and its recipe."""
+def trial_job(
+    scale: Scale, group: Group, title: str, choices: Choices, pace: float = 1.0
+) -> tuple[Job, str]:
+    """Returns the cell of a trial, measured on the validation split at its end, and its recipe.
+
+    Args:
+      scale: with what was chosen before.
+      group: that it is one of.
+      title: of it.
+      choices: that it tries.
+      pace: times the tokens of the group's share that it takes.
+    """
     tried = scale.at(choices=choices, held_out="validation")
-    tokens = tried.search.rounded(group.share * tried.tokens)
+    tokens = tried.search.rounded(pace * group.share * tried.tokens)
     job = job_called(title, tried, group.subject, tokens, SEED)
     return job, recipe_key(tried, group.subject)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.attempts import Failures
+from experiments.grid import Measurement
 from experiments.json_files import write_text
-from experiments.ladder.climb import Site, scale_named
+from experiments.ladder.climb import Site, data_name, job_called, recipe_for, scale_named
 from experiments.ladder.measure import last_bits
-from experiments.ladder.scales import Scale
+from experiments.ladder.scales import Choices, Scale
 from experiments.ladder.trials import (
     SEED,
     Chosen,
@@ -18,12 +19,14 @@ from experiments.ladder.trials import (
     chain,
     changes,
     edges,
+    groups,
     groups_named,
     read_group,
     table_of,
     trial_job,
     tuned_on,
 )
+from experiments.machine import machine
 from experiments.tables.markdown import grid
 from experiments.tables.report import read
 
@@ -31,7 +34,8 @@ from experiments.tables.report import read
 def run_tuning(site: Site, names: Sequence[str], path: Path, failures: Failures) -> list[Path]:
     """Runs the trials of rungs or of the tuned baseline and returns the files written.
 
-    Groups choose in order: what one has chosen holds for all that follow.
+    Groups choose in order: what one has chosen holds for all that follow, whether they are named
+    or on record.
 
     Args:
       site: where; its scale has the choices that the first group starts from.
@@ -44,7 +48,11 @@ def run_tuning(site: Site, names: Sequence[str], path: Path, failures: Failures)
     """
     scale = site.scale
     try:
-        for group in groups_named(names):
+        named = groups_named(names)
+        for group in groups():
+            if group not in named:
+                scale = scale.at(choices=read_group(site.gathered, scale, group).after)
+                continue
             _run(site, scale, group, failures)
             chosen = read_group(site.gathered, scale, group)
             print("\n" + "\n".join(_said(chosen)))
@@ -66,9 +74,33 @@ def _run(site: Site, scale: Scale, group: Group, failures: Failures) -> None:
     site.gathered.index[table] = {title: rows[title] for title in trials if title in rows}
     for title, choices in trials.items():
         with failures.passed_over(f"the trial {title} of {group.name}"):
-            job, recipe = trial_job(scale, group, title, choices)
+            pace = pace_of(site, scale, group, choices)
+            job, recipe = trial_job(scale, group, title, choices, pace)
             values = site.take(job, table, SEED, recipe)
             print(f"{group.name}, {title}: {last_bits(values['points']):.4f} bits per byte")
+
+
+def pace_of(site: Site, scale: Scale, group: Group, choices: Choices) -> float:
+    """Returns how many times as many tokens a trial learns from in a second as at the whole batch.
+
+    1 for a group whose trials are of equal tokens. Steps of the two are timed in turn, once.
+    """
+    if group.with_rows is None:
+        return 1.0
+    rows = recipe_for(scale.at(choices=choices), group.subject).rows
+    if rows == scale.rows:
+        return 1.0
+    both = [scale.at(choices=group.with_rows(scale.choices, each)) for each in (rows, scale.rows)]
+    jobs = [job_called("pace", each, group.subject, each.tokens, SEED) for each in both]
+    name = f"{group.subject}, {rows} rows: tokens a second to {scale.rows} rows"
+    item = Measurement(name, {"pace": [job.key for job in jobs]}, dict)
+    table = f"{data_name(scale.at(held_out='validation'))}: pace"
+    site.gathered.index.setdefault(table, {})[name] = {str(SEED): item.key}
+    if not site.gathered.has(item):
+        print(f"\n{item.name}")
+        site.gathered.add(item, {"ratio": site.pace(*jobs)}, machine())
+        site.save()
+    return float(site.gathered.cells[item.key]["values"]["ratio"])
 
 
 def _said(chosen: Chosen) -> list[str]:
@@ -102,13 +134,14 @@ def write_trials(site: Site, path: Path) -> list[Path]:
     lines += [f"    python -m experiments.speedrun --scale {site.scale.name} --tune all", ""]
     lines += [
         f"One run each, of seed {SEED}, which no other table uses, measured at its end on the "
-        "validation split. A group holds what those before it chose. What was chosen is to stand "
-        "in `experiments/ladder/scales.py`; `--tuned` takes it from here."
+        "validation split. A group holds what those before it chose. Its trials have equal tokens; "
+        "those of batches equal seconds, by steps that were timed in turn. What was chosen is to "
+        "stand in `experiments/ladder/scales.py`; `--tuned` takes it from here."
     ]
     for name in dict.fromkeys(table.partition(": ")[0] for table in site.gathered.index):
         scale = scale_named(site.scale, name)
         found = [each for each in chain(site.gathered, scale) if each.bits]
-        lines += ["", f"## {name}", "", counts(found)]
+        lines += ["", f"## {name}", "", counts(found), *_paces(site, name)]
         for chosen in found:
             lines += ["", f"### {chosen.group.name}", ""]
             lines += [*_listed(site, scale, chosen), "", *(f"* {x}" for x in _said(chosen))]
@@ -126,6 +159,16 @@ def counts(found: Sequence[Chosen]) -> str:
         f"Trials on record: {len(runs['torch'])} of the tuned torch baseline, "
         f"{len(runs['ours'])} of ours."
     )
+
+
+def _paces(site: Site, data: str) -> list[str]:
+    found = site.gathered.index.get(f"{data}: pace", {})
+    cells = {name: site.gathered.cells[key]["values"] for name, (key,) in _keys(found)}
+    return ["", *(f"* {name}: {v['ratio']:.2f}x" for name, v in cells.items())] if cells else []
+
+
+def _keys(rows: Mapping[str, Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    return [(name, list(seeds.values())) for name, seeds in rows.items()]
 
 
 def _listed(site: Site, scale: Scale, chosen: Chosen) -> list[str]:
