@@ -87,14 +87,20 @@ def recovered(steps: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def recovery_cells(request: Request) -> list[Cell]:
-    """Returns runs of equal length from the base model, pruned at once or gradually."""
+def recovery_cells(request: Request, times: int = 1) -> list[Cell]:
+    """Returns runs of equal length from the base model, pruned at once or gradually.
+
+    Args:
+      request: of the command.
+      times: as long as the recovery.
+    """
     found = []
+    steps = times * RECOVERY_STEPS
     for seed in range(request.seeds):
         start = base.base_cell(seed)
-        for name, methods in recovered(RECOVERY_STEPS).items():
+        for name, methods in recovered(steps).items():
             settings = dataclasses.replace(
-                recommended(base.SIZE, RECOVERY_STEPS, seed),
+                recommended(base.SIZE, steps, seed),
                 methods=methods,
                 optimizer=RECOVERY,
                 parent=str(request.cells / start.key),
@@ -130,6 +136,12 @@ TABLES: tuple[Table, ...] = (
         "prune-gradual",
         f"One-shot against gradual pruning to 80 %, {RECOVERY_STEPS} steps from the base model",
         recovery_cells,
+        functools.partial(render, {}, GRADUAL_SOURCE, GRADUAL),
+    ),
+    Table(
+        "prune-gradual-longer",
+        f"The same in {2 * RECOVERY_STEPS} steps",
+        functools.partial(recovery_cells, times=2),
         functools.partial(render, {}, GRADUAL_SOURCE, GRADUAL),
     ),
     Table(
