@@ -1,8 +1,13 @@
-"""The persistent compilation cache, on by default: a second start compiles nothing again."""
+"""The persistent compilation cache, on by default: a second start compiles nothing again.
+
+And what a process holds of compiled programs: many runs in one process would hold too many.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +22,28 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(default_cache() / "xla"))
     # Below half a second, reading the program costs about what compiling it does.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+# Linux lets a process have 65,530 memory mappings. Each compiled program keeps several for as long
+# as JAX remembers it: past the limit any allocation of any thread fails, and the process is gone
+# without a word.
+MAPPINGS = 16_384
+
+
+def mappings(maps: Path = Path("/proc/self/maps")) -> int:
+    """Returns how many memory mappings this process has; 0 where the system does not list them."""
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+def forget_programs_if_many(most: int = MAPPINGS) -> None:
+    """Lets JAX forget every compiled program once they take more than so many memory mappings.
+
+    For a process that runs one thing after another, between two of them; what is asked for again is
+    compiled, or loaded from the persistent cache, again.
+    """
+    if mappings() > most:
+        jax.clear_caches()
+        gc.collect()
 
 
 def compiler_options(platform: str | None = None) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from experiments.bench.clock import spread
 from experiments.bench.gpu_forms import DATASHEET
+from experiments.headlines import bench, speedrun
+from experiments.ladder.scales import CPU
 from experiments.parameter_server import seconds_to
 from experiments.scale.compression import sizes
 from experiments.scale.equality import equal
@@ -113,7 +115,12 @@ def off(results: Results, plain: str, other: str) -> float:
 
 
 # Blocks that stand on lines of their own, and those within a sentence.
-BLOCKS: dict[str, Callable[[], str]] = {"demo-output": demo_output, "demo-machine": demo_machine}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "demo-output": demo_output,
+    "demo-machine": demo_machine,
+    "speedrun": lambda: speedrun(RESULTS / "speedrun-cpu.json", CPU),
+    "bench": lambda: bench(RESULTS / "bench-cpu.json"),
+}
 PHRASES: dict[str, Callable[[], str]] = {
     "loop": loop,
     "shakespeare": shakespeare,

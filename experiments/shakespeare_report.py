@@ -41,7 +41,8 @@ def summary(
 
     Args:
       runs: see `Runs`.
-      chosen: target -> side -> length of the schedule that was chosen for it.
+      chosen: target -> side -> length of the schedule that was chosen for it, None where no
+        schedule ends there; a side is not there whose search was cut off.
       steps: the published length.
       targets: losses; the first is the published one.
     """
@@ -72,6 +73,12 @@ def summary(
         if plan in (None, target)
     ]
     facts["minutes_apart"] = minutes_apart(runs)
+    facts["searches_cut_off"] = [
+        f"{side} to {target:g}"
+        for target in targets
+        for side in (THEIRS, OURS)
+        if side not in chosen[target]
+    ]
     return facts
 
 
@@ -112,6 +119,11 @@ def report(facts: Mapping[str, Any]) -> str:
     ]
     if apart is not None:
         lines.append(f"The runs of a pair ended at most {apart:.1f} minutes apart.")
+    if facts["searches_cut_off"]:
+        lines.append(
+            f"No length is chosen yet for {', '.join(facts['searches_cut_off'])}: the search was "
+            "cut off, and the same command goes on."
+        )
     return "\n\n".join(lines)
 
 

@@ -1,12 +1,13 @@
 """Eight virtual CPU devices for every test, and strict promotion for our own code."""
 
-import gc
 import os
 from collections import Counter
 from pathlib import Path
 
 import jax
 import pytest
+
+from experiments.compilation import forget_programs_if_many
 
 jax.config.update("jax_platforms", "cpu")  # whatever else is there
 jax.config.update("jax_num_cpu_devices", 8)
@@ -55,23 +56,13 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-# Linux lets a process have 65,530 memory mappings. Each compiled program keeps several for as long
-# as JAX remembers it, and a worker compiles thousands: past the limit any allocation fails, also
-# one in the thread by which pytest reaches the worker, and the worker is gone without a word.
-MAPPINGS = 16_384
-
-
-def mappings():
-    """Memory mappings of this process; 0 where the system does not list them."""
-    path = Path("/proc/self/maps")
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def pytest_runtest_teardown(item, nextitem):
-    """Between two files, a worker that holds many compiled programs forgets them."""
-    if nextitem is not None and nextitem.path != item.path and mappings() > MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    """Between two files, a worker that holds many compiled programs forgets them.
+
+    It compiles thousands, and where it ran out of memory mappings it would be gone without a word.
+    """
+    if nextitem is not None and nextitem.path != item.path:
+        forget_programs_if_many()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

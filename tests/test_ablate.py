@@ -158,6 +158,13 @@ def test_what_is_missing_is_named_with_the_command_that_runs_it(tmp_path, square
     assert "* number 2" not in text.read_text()
 
 
+def test_between_cells_a_process_may_forget_what_it_compiled(tmp_path, squares, monkeypatch):
+    after = []
+    monkeypatch.setattr(tables, "forget_programs_if_many", lambda: after.append(squares.asked[-1]))
+    run_command(command(tmp_path, seeds=2))
+    assert after == squares.asked == [2, 3, 12, 13]
+
+
 def test_a_cell_that_fails_is_named_at_the_end_and_all_others_run(tmp_path, squares):
     def fails(settings):
         raise RuntimeError("no power")

@@ -92,7 +92,7 @@ def test_a_run_is_made_at_the_best_rate_that_did_not_diverge(tmp_path, monkeypat
     about = {**of_table.settings, "seed": 2}
     found = optimizers.tuned_run(tmp_path, about)
     assert (ran[0].optimizer.learning_rate, ran[0].seed) == (0.001, 2)
-    assert (ran[0].held_out, trials("adamw")[0].settings.held_out) == ("test", "validation")
+    assert ran[0].held_out == "validation"  # the test split is for recipes that are chosen
     assert len(ran) == 1  # the best is at neither end
     assert (found["rate"], found["loss"]) == (0.001, 2.0)
     assert [loss for _, loss in found["tried"]][:3] == [3.0, 2.5, 2.75]
@@ -122,10 +122,10 @@ def test_bytes_of_the_state_are_those_of_the_moments():
     assert 4 * size < muon < 8 * size
 
 
-def run(loss, curve, rate=0.002, state=800, reason="finished"):
+def run(loss, curve, rate=0.002, state=800, reason="finished", beyond=()):
     return {
         "rate": rate,
-        "tried": [[0.001, 4.0], [0.002, 3.0], [0.064, 3.0]],
+        "tried": [[0.001, 4.0], [0.002, 3.0], [0.032, 3.0], *beyond],
         "loss": loss,
         "bits per byte": loss / 2 if math.isfinite(loss) else math.nan,
         "evaluations": [{"step": step, "loss": value} for step, value in curve],
@@ -142,8 +142,8 @@ RESULTS = Results(
             1: run(2.2, [(150, 3.0), (300, 2.2)]),
         },
         "muon": {
-            0: run(1.5, [(150, 2.1), (300, 1.5)], rate=0.064, state=500),
-            1: run(1.7, [(150, 2.1), (300, 1.7)], rate=0.064, state=500),
+            0: run(1.5, [(150, 2.1), (300, 1.5)], 0.064, 500, beyond=[[0.064, 2.9]]),
+            1: run(1.7, [(150, 2.1), (300, 1.7)], 0.064, 500, beyond=[[0.064, 2.9]]),
         },
         "lion": {0: run(math.nan, [(150, 3.0)], rate=0.001, reason="nonfinite")},
         COSTS: {0: {"steps": {"adamw": {"ratio": 1.0}, "muon": {"ratio": 1.5}}}},
@@ -159,11 +159,13 @@ def test_the_table_is_sorted_by_loss_and_counts_to_adamws():
     # AdamW ends at 2.1 in the mean, which muon has at step 150; AdamW's first seed at 285, and its
     # second, which ends above, takes all 300
     assert muon[1:] == [
-        "0.064 ↑", "1.600 ± 0.141", "0.800 ± 0.071", "150", "1.50x", "1.30x", "5.0", "finished"
-    ]  # fmt: skip
+        *("0.064 ↑", "4", "1.600 ± 0.141", "0.800 ± 0.071", "150"),
+        *("1.50x", "1.30x", "5.0", "finished"),
+    ]
     assert 292.5 / (150 * 1.5) == 1.3
-    assert adamw[4:7] == ["285 (1 of 2)", "1.00x", "1.03x"]
-    assert (lion[4], lion[-1]) == ("not reached", "nonfinite")
+    assert adamw[2] == "3"
+    assert adamw[5:8] == ["285 (1 of 2)", "1.00x", "1.03x"]
+    assert (lion[5], lion[-1]) == ("not reached", "nonfinite")
     assert optimizers.picture(RESULTS) is not None
     assert optimizers.picture(Results()) is None
 
@@ -193,11 +195,15 @@ def test_the_best_rate_is_read_off_a_parabola():
     assert math.isnan(topic.best_rate({0.1: math.nan}))
 
 
-def test_ways_differ_in_mup_alone_and_agree_at_the_base_width():
-    by_way = {way: topic.settings_at(64, 0.01, way, 0) for way in topic.WAYS}
-    assert dataclasses.replace(by_way["muP"], mup=None) == by_way["standard"]
-    assert by_way["muP"].mup.base_width == topic.WIDTHS[0]
+def test_ways_differ_in_mup_alone_and_the_base_is_the_width_that_the_rate_is_tuned_at():
     assert (topic.TUNED, topic.WIDE) == (128, 512)
+    for width in topic.WIDTHS:
+        by_way = {way: topic.settings_at(width, 0.01, way, 0) for way in topic.WAYS}
+        assert dataclasses.replace(by_way["muP"], mup=None) == by_way["standard"]
+        (phase,) = by_way["muP"].phases
+        rates, scales = by_way["muP"].mup.rules(phase.model, by_way["muP"].optimizer)
+        assert dict(rates)["blocks/.*/kernel"] == 128 / width
+        assert ({factor for _, factor in (*rates, *scales)} == {1.0}) == (width == 128)
     assert {128, 512} <= set(topic.WIDTHS)
 
 
@@ -212,7 +218,10 @@ def test_the_table_of_widths_says_how_far_the_best_rate_wanders():
     results = Results(found)
     lines = topic.render(results)
     assert any(re.match(r"\| standard \| 4\.00x \| 0\.40x", line) for line in lines)
-    assert any(re.match(r"\| muP \| 1\.00x \| 1\.00x", line) for line in lines)
+    assert any(re.match(r"\| muP \| 1\.00x \| 1\.00x \| 0\.0", line) for line in lines)
+    assert "lost at most by the best rate of width 128" in "\n".join(lines)
+    few = {name: seeds for name, seeds in found.items() if "width 64" in name}
+    assert topic.render(Results(few))[-1].startswith("| muP | 1.00x |  |  |")
     assert topic.picture(results) is not None
     assert len({cell.key for cell in topic.cells(Request(seeds=2))}) == 2 * 2 * 4 * 6
 
@@ -236,6 +245,7 @@ def test_both_topics_run_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizers, "NAMES", (CLASSIC, "adamw", "adamw, tail average"))
     monkeypatch.setattr(optimizers, "MODEL", modern_tiny(layers=1, max_length=16))
     monkeypatch.setattr(topic, "WIDTHS", (16, 32))
+    monkeypatch.setattr(topic, "TUNED", 32)
     monkeypatch.setattr(topic, "HEAD", 16)
     monkeypatch.setattr(topic, "RATES", (0.01, 0.1))
     for module in (optimizers, topic):
@@ -249,6 +259,10 @@ def test_both_topics_run_at_tiny_size(tmp_path, monkeypatch):
                 table.picture(results).savefig(tmp_path / "picture.png")
     losses = gathered.results("widths").by_name
     for rate in ("0.01", "0.1"):  # at the base width both ways are one run
-        same = [losses[f"{way}, width 16, rate {rate}"][0]["loss"] for way in topic.WAYS]
-        assert same[0] == same[1]
+        by_width = {
+            width: [losses[f"{way}, width {width}, rate {rate}"][0]["loss"] for way in topic.WAYS]
+            for width in (16, 32)
+        }
+        assert by_width[32][0] == by_width[32][1]
+        assert by_width[16][0] != by_width[16][1]
     assert isinstance(topic.cells(Request())[0], Cell)

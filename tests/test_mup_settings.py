@@ -194,6 +194,7 @@ def test_the_best_rate_holds_within_a_factor_of_two_over_four_widths():
     best = {}
     for name, mup in (("muP", MuP(base_width=16)), ("standard", None)):
         found = [best_rate(final_losses(width, mup)) for width in (16, 32, 64, 128)]
+        assert all(RATES[0] < rate < RATES[-1] for rate in found)  # none lies beyond the grid
         best[name] = max(found) / min(found)
     assert best["muP"] < 2.0
     assert best["standard"] > 1.5 * best["muP"]

@@ -10,6 +10,7 @@ import pytest
 from experiments import shakespeare
 from experiments.baselines.cells import BaselineCell
 from experiments.grid import Cell, Result
+from experiments.readme import RESULTS
 from experiments.shakespeare import TUNING_SEED, lengths, nanogpt, ours, run_all
 from experiments.shakespeare_report import crossing, curves, headline, report, summary
 from train.optimizers import AdamW
@@ -28,6 +29,10 @@ def result_of(job, folder, rows, ended=0.0):
     (out / "result.json").write_text("{}")
     os.utime(out / "result.json", (ended, ended))
     return Result(job, out, "finished", rows[-1]["step"], {}, rows)
+
+
+def test_results_lie_where_the_readme_reads_them():
+    assert shakespeare.Shakespeare(shakespeare.Path("a")).results == RESULTS
 
 
 def test_the_sides_are_one_model_shape_and_one_text():
@@ -95,7 +100,9 @@ def test_both_sides_take_turns_and_the_table_says_what_the_records_say(tmp_path)
     of_table = [each for each in world.asked if each[2] != TUNING_SEED]
     pairs = list(zip(of_table[::2], of_table[1::2], strict=True))
     assert len(pairs) == 2 * 3
-    assert all((a[0], b[0]) == ("nanoGPT", "ours") and a[2] == b[2] for a, b in pairs)
+    for one, two in pairs:
+        first = ("nanoGPT", "ours") if one[2] == 0 else ("ours", "nanoGPT")
+        assert ((one[0], two[0]), two[2]) == (first, one[2])
     facts = json.loads(json.dumps(summary(runs, chosen, 2000, (1.88, 1.669))))
     # What the README reads.
     assert facts["steps_to_published"] == [2000, 2000]
@@ -134,6 +141,27 @@ def test_what_a_side_never_reaches_is_no_row_of_a_chosen_length(tmp_path):
         *(("nanoGPT", False), ("ours", False), ("ours", True)),
     ]
     assert "not reached" in report(facts)
+    assert not facts["searches_cut_off"]
+
+
+def test_a_search_that_was_cut_off_has_chosen_nothing(tmp_path):
+    whole = World(tmp_path)
+    run_all(whole, "plays.txt", range(1), (1.88,))
+    trials = sum(seed == TUNING_SEED for _, _, seed in whole.asked)
+    for most in range(trials):
+        world = World(tmp_path)
+
+        def run(job, world=world, most=most):
+            tuning = sum(seed == TUNING_SEED for _, _, seed in world.asked)
+            return world(job) if job.name.endswith(" 2000 steps") or tuning < most else None
+
+        runs, chosen = run_all(run, "plays.txt", range(1), (1.88,))
+        cut = [side for side in ("nanoGPT", "ours") if side not in chosen[1.88]]
+        assert cut, f"both lengths were chosen from {most} of {trials} runs"
+        facts = summary(runs, chosen, 2000, (1.88,))
+        assert not [row for row in facts["rows"] if row["chosen"] and row["side"] in cut]
+        assert facts["searches_cut_off"] == [f"{side} to 1.88" for side in cut]
+        assert f"No length is chosen yet for {cut[0]} to 1.88" in report(facts)
 
 
 @pytest.mark.hf
@@ -148,8 +176,9 @@ def test_the_command_runs_at_tiny_size(tmp_path, monkeypatch):
     monkeypatch.setattr(shakespeare, "TARGETS", (4.0, 1.0))
     search = shakespeare.Search(least=10, most=40, quantum=10, runs=2)
     monkeypatch.setattr(shakespeare, "SEARCH", search)
-    out = tmp_path / "out"
-    words = ["shakespeare", "--data", str(text), "--seeds", "1", "--out", str(out)]
+    out = tmp_path / "results"
+    folders = ["--out", str(tmp_path / "out"), "--results", str(out)]
+    words = ["shakespeare", "--data", str(text), "--seeds", "1", *folders]
     monkeypatch.setattr(sys, "argv", words)
     shakespeare.main()
     facts = json.loads((out / "shakespeare.json").read_text())

@@ -5,25 +5,27 @@
 One process per side, asked in turn; every figure is a ratio of the same minutes, with its spread.
 Each table takes one to three minutes on two cores (train-124m and growth take longer). What has
 been measured stays in `--folder`, so that a command that was stopped goes on; `--fresh` measures
-the tables again that it names. Have the machine to yourself. Tables: train-3m, train-12m,
-train-124m, decode, tokenise, data, start, growth. Writes bench-cpu.json, bench-cpu.md and a picture
-of the growth. On a machine with a GPU, some eight minutes, most of them compilation:
+the tables again that it names, and goes on in the same way. What fails is named at the end and in
+its table, and the rest goes on; the same command without `--fresh` tries it again. Have the machine
+to yourself. Tables: train-3m, train-12m, train-124m, decode, tokenise, data, start, growth. Writes
+bench-cpu.json, bench-cpu.md and a picture of the growth. On a machine with a GPU, some eight
+minutes, most of them compilation:
 
     JAX_PLATFORMS=cpu python -m experiments.bench --name bench-gpu --only \
         gpu-ceilings train-124m-cuda gpu-forms gpu-products gpu-decode
-
-What failed there is tried again by the same command.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.alone import FAILED, together
+from experiments.bench.alone import FAILED, attempt, together
+from experiments.bench.anew import begin_anew, end_if_whole
 from experiments.bench.decode import decode_table, gpu_decode_table
 from experiments.bench.gpu_forms import forms_table
 from experiments.bench.gpu_products import ceilings_table, products_table
@@ -61,7 +63,7 @@ class Bench:
 
     Attributes:
       only: tables to measure; by default all.
-      fresh: measure them again.
+      fresh: measure them again; go on with that if it was stopped.
       folder: holds a file per measurement.
       out: folder of the results.
       name: of the result files.
@@ -110,7 +112,7 @@ def missing_of(table: Table, folder: Path) -> list[Measurement]:
 
 
 def measure(table: Table, folder: Path, end: float | None) -> None:
-    """Measures what is missing of a table, as many at a time as it says.
+    """Measures what is missing of a table, as many at a time as it says; what fails is kept so.
 
     Args:
       table: which.
@@ -119,9 +121,11 @@ def measure(table: Table, folder: Path, end: float | None) -> None:
     """
 
     def measuring(measurement: Measurement) -> Callable[[], Any]:
+        guarded = dataclasses.replace(measurement, function=attempt(measurement.function))
+
         def run() -> None:
             left = None if end is None else max(0.0, end - time.monotonic()) / 60
-            if measured := run_measurements([measurement], folder, max_minutes=left):
+            if measured := run_measurements([guarded], folder, max_minutes=left):
                 reason = measured[0].values.get(FAILED)
                 said = "measured" if reason is None else f"failed: {str(reason).strip()[-300:]}"
                 print(f"{measurement.name}: {said}", flush=True)
@@ -154,20 +158,33 @@ def found_in(
 
 
 def report(found: Mapping[str, tuple[Table, Sequence[Measured]]]) -> str:
-    """Returns all tables that have been measured as Markdown, those of one heading as one."""
+    """Returns all tables that have been measured as Markdown, those of one heading as one.
+
+    A table shows what was measured; below it stands what failed.
+    """
     together: dict[str, tuple[Table, list[Measured]]] = {}
     for table, results in found.values():
         together.setdefault(table.title, (table, []))[1].extend(results)
     parts = ["# Measured side by side"]
     for title, (table, results) in together.items():
         if results:
-            parts += [f"## {title}", table.text(results)]
+            good = [m for m in results if FAILED not in m.values]
+            parts += [f"## {title}", *([table.text(good)] if good else []), *failures_of(results)]
     machines = {str(m.machine): m.machine for _, results in found.values() for m in results}
     for facts in machines.values():
         lines = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
         parts.append(f"| machine | |\n|---|---|\n{lines}".rstrip())
     parts.append("Made by `python -m experiments.bench`.")
     return "\n\n".join(parts)
+
+
+def failures_of(results: Sequence[Measured]) -> list[str]:
+    """Returns a line for each measurement that failed."""
+    return [
+        f"Failed: {m.measurement.name}: `{m.values[FAILED].strip().splitlines()[-1][:300]}`"
+        for m in results
+        if FAILED in m.values
+    ]
 
 
 def write(found: Mapping[str, tuple[Table, Sequence[Measured]]], out: Path, name: str) -> str:
@@ -189,16 +206,21 @@ def write(found: Mapping[str, tuple[Table, Sequence[Measured]]], out: Path, name
     write_json(out / f"{name}.json", content)
     text = report(found)
     for which, (table, results) in found.items():
-        if table.picture is not None and results:
+        good = [m for m in results if FAILED not in m.values]
+        if table.picture is not None and good:
             file = f"{name}-{which}.png"
-            table.picture(results, out / file)
+            table.picture(good, out / file)
             text += f"\n\n![{table.title}]({file})"
     (out / f"{name}.md").write_text(text + "\n")
     return text
 
 
 def main() -> None:
-    """Measures what is missing, writes and prints."""
+    """Measures what is missing, writes and prints.
+
+    Raises:
+      ValueError: no such table; or, once all others have been measured, what failed.
+    """
     import tyro
 
     command = tyro.cli(Bench, description=__doc__)
@@ -207,8 +229,7 @@ def main() -> None:
     tables = {name: make() for name, make in TABLES.items()}
     named = [tables[name] for name in chosen(command.only, tables)]
     if command.fresh:
-        for measurement in (each for table in named for each in table.measurements):
-            (command.folder / f"{measurement.key}.json").unlink(missing_ok=True)
+        begin_anew([m.key for table in named for m in table.measurements], command.folder)
     warn_if_busy()
     prepare(named, command.folder, stage=0)
     for table in named:
@@ -216,7 +237,10 @@ def main() -> None:
         print(f"{table.title}: {len(missing_of(table, command.folder))} to measure", flush=True)
         measure(table, command.folder, end)
         write(found_in(tables, command.folder), command.out, command.name)
+    end_if_whole({m.key for t in tables.values() for m in t.measurements}, command.folder)
     print("\n" + write(found_in(tables, command.folder), command.out, command.name))
+    if failed := [line for table in named for line in failures_of(found_of(table, command.folder))]:
+        raise ValueError("; ".join(failed) + "; without --fresh the same command tries again")
 
 
 if __name__ == "__main__":

@@ -74,15 +74,15 @@ def ask_once(
 
 
 def attempt(
-    measure: Callable[[Mapping[str, Any]], dict[str, Any]],
-) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    measure: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Returns the function that gives `{"failed": reason}` where `measure` raises.
 
     >>> attempt(lambda settings: {"half": 1 / settings["n"]})({"n": 0})["failed"].splitlines()[-1]
     'ZeroDivisionError: division by zero'
     """
 
-    def run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    def run(settings: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             return measure(settings)
         except Exception:
@@ -107,8 +107,16 @@ def device_alone() -> Iterator[None]:
 def together(jobs: Sequence[Callable[[], T]], most: int) -> list[T]:
     """Runs functions in threads, so many at a time, and returns what they give, in order.
 
+    After one that raises, or Ctrl-C, none is begun; one at a time are run in this thread.
+
     >>> together([lambda: 1, lambda: 2, lambda: 3], most=2)
     [1, 2, 3]
     """
-    with ThreadPoolExecutor(max(1, most)) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
+    if most <= 1:
+        return [job() for job in jobs]
+    with ThreadPoolExecutor(most) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)

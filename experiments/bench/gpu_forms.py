@@ -134,8 +134,8 @@ def compiling(missing: Sequence[Measurement]) -> list[Job]:
 
 
 def text(results: Sequence[Measured]) -> str:
-    """Returns the rows as Markdown, and what failed."""
-    made = {m.measurement.name: m.values for m in results if FAILED not in m.values}
+    """Returns the rows as Markdown."""
+    made = {m.measurement.name: m.values for m in results}
     base = _rate(made[DEFAULT]) if DEFAULT in made else None
     rows = []
     for name, v in made.items():
@@ -164,10 +164,6 @@ def text(results: Sequence[Measured]) -> str:
         "",
         rows_of(names, rows),
     ]
-    for measured in results:
-        if FAILED in measured.values:
-            last = measured.values[FAILED].strip().splitlines()[-1]
-            lines += ["", f"Failed: {measured.measurement.name}: `{last[:300]}`"]
     for name, v in made.items():
         if kernels := v.get("profile", {}).get("kernels"):
             lines += ["", f"Where the time of a step goes, {name}:", "", _profile(kernels)]

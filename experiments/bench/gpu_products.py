@@ -215,9 +215,6 @@ def products_text(results: Sequence[Measured]) -> str:
     rows, kernels, failures = [], dict[str, dict[str, None]](), []
     for m in results:
         K, N = (m.measurement.settings[name] for name in ("inputs", "outputs"))
-        if FAILED in m.values:
-            failures.append(f"{m.measurement.name}: {m.values[FAILED].strip().splitlines()[-1]}")
-            continue
         for count in m.measurement.settings["rows"]:
             by_kind = {kind: m.values[kind][str(count)] for kind in kinds}
             rates = {
@@ -253,8 +250,6 @@ def ceilings_text(results: Sequence[Measured]) -> str:
     """Returns the two ceilings."""
     rows = []
     for m in results:
-        if FAILED in m.values:
-            return f"Failed: {m.values[FAILED].strip().splitlines()[-1]}"
         flops, bandwidth = spread(m.values["flops"]), spread(m.values["bandwidth"])
         rows.append([m.values["device"], *(f"{f / 1e12:,.0f}" for f in flops)])
         rows[-1] += [f"{b / 1e12:.2f}" for b in bandwidth]

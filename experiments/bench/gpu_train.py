@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.bench.alone import FAILED, ask_once, attempt
+from experiments.bench.alone import FAILED, ask_once
 from experiments.bench.gpu_forms import DATASHEET
 from experiments.bench.ratios import farthest
 from experiments.bench.shapes import environment_of, shape_from_json
@@ -21,7 +21,6 @@ from experiments.bench.train_step import (
     EAGER,
     JAX,
     flops_per_second,
-    measure,
     ratio_where_equal,
     train_table,
 )
@@ -46,12 +45,8 @@ def compiling(missing: Sequence[Measurement]) -> list[Job]:
 
 def text(results: Sequence[Measured]) -> str:
     """Returns tokens a second, shares of the ceilings, memory and losses as Markdown."""
-    rows, failures = [], []
+    rows = []
     for measured in results:
-        if FAILED in measured.values:
-            last = measured.values[FAILED].strip().splitlines()[-1]
-            failures.append(f"Failed: {measured.measurement.name}: `{last[:300]}`")
-            continue
         values = measured.values
         for side in (JAX, COMPILE, EAGER):
             rate = flops_per_second(measured, side)
@@ -82,7 +77,6 @@ def text(results: Sequence[Measured]) -> str:
             "of side 8,192 that any side reached in the same minutes. Losses: the largest "
             "difference from ours in any of the first 100 steps.",
             rows_of(names, rows),
-            *failures,
         ]
     )
 
@@ -90,6 +84,4 @@ def text(results: Sequence[Measured]) -> str:
 def gpu_train_table() -> Table:
     """Of one shape."""
     plain = train_table("124m-cuda")
-    (one,) = plain.measurements
-    measurement = Measurement(one.name, one.settings, attempt(measure))
-    return Table("Training step on a GPU", (measurement,), text, prepare=compiling)
+    return Table("Training step on a GPU", plain.measurements, text, prepare=compiling)

@@ -81,12 +81,12 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 def farthest(losses: Mapping[str, Sequence[float]], steps: int = 100) -> float:
     """Returns the largest difference between sides in the loss of any of the first steps.
 
-    NaN where a loss is none.
+    NaN where a loss is none, or its name, as JSON has it.
 
     >>> farthest({"a": [3.0, 2.0], "b": [3.5, 2.25], "c": [3.0, 2.0]})
     0.5
     """
-    rows = list(zip(*(list(side)[:steps] for side in losses.values()), strict=False))
+    rows = list(zip(*(map(float, side[:steps]) for side in losses.values()), strict=False))
     if any(math.isnan(loss) for row in rows for loss in row):  # which max() passes over
         return math.nan
     return max(max(row) - min(row) for row in rows)

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.attempts import Failures
+from experiments.compilation import forget_programs_if_many
 from experiments.grid import (
     Measurement,
     read_measured,
@@ -189,4 +190,5 @@ def complete(
             assert found is not None
             gathered.add(item, *found)
             save()
+        forget_programs_if_many()
     failures.raise_if_any()

@@ -1,0 +1,150 @@
+"""The README's tables of speed, from the files that `speedrun` and `bench` write.
+
+Each is empty as long as there is nothing to show, so that the README stands before it is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.bench import decode, train_step
+from experiments.bench.alone import FAILED
+from experiments.bench.ratios import ratio as ratio_of_rounds
+from experiments.bench.shapes import shape_from_json
+from experiments.grid import Measured, Measurement
+from experiments.json_files import read_json
+from experiments.ladder.climb import BASELINES, TORCH, TORCH_TUNED, Site, scale_named, searched
+from experiments.ladder.rows import Ratio, mean_end, names_of, ratio, ratio_in_turn, row_of
+from experiments.ladder.scales import Scale
+from experiments.tables.markdown import grid
+from experiments.tables.report import read
+from model.flops import parameter_count
+
+CLAIM = 5  # seeds: with fewer it is an exploration
+TRAIN = ("train-3m", "train-12m", "train-124m")
+
+
+def speedrun(path: Path, scale: Scale) -> str:
+    """Returns how many times less time the headline rungs take to the losses of both baselines.
+
+    Of every data set, on its test split once that has been opened, and on validation before.
+
+    Args:
+      path: of the ladder's JSON; Markdown lies beside it.
+      scale: of the ladder.
+    """
+    if not path.exists():
+        return ""
+    gathered = read(path)
+    sites = (Site(scale_named(scale, name), Path(), gathered) for name in sorted(gathered.index))
+    bodies = {site.table: body for site in sites if (body := _headlines(site))}
+    shown = {name: body for name, body in bodies.items() if f"{name}, test" not in bodies}
+    if not shown:
+        return ""
+    head = ["data", "rung", "to the first loss", "steps in turn", "to the tuned loss"]
+    rows = [[name, *row] for name, body in shown.items() for row in body]
+    return "\n".join(
+        [
+            "Times less training to the mean final loss of Hugging Face's GPT-2 in torch: under "
+            "Adam at a constant 1e-4 (the first), and under AdamW with tuned rate, schedule, betas "
+            "and decay. By the seconds of whole runs, and by tokens at the pace of steps that were "
+            "timed in turn; means over paired seeds ± standard errors. Fewer than "
+            f"{CLAIM} seeds are an exploration and no claim.",
+            "",
+            *grid([*head, "steps in turn"], rows, "llrrrr"),
+            "",
+            f"`python -m experiments.speedrun --scale {scale.name}`: all rungs, targets and "
+            f"p-values in [{path.stem}.md](experiments/results/{path.stem}.md).",
+        ]
+    )
+
+
+def _headlines(site: Site) -> list[list[str]]:
+    targets = {baseline: mean_end(site, baseline) for baseline in (TORCH, TORCH_TUNED)}
+    if any(map(math.isnan, targets.values())):
+        return []
+    rungs = [name for name in names_of(site) if name not in BASELINES and searched(name, TORCH)]
+    return [[name, *_ratios(site, name, targets)] for name in rungs]
+
+
+def _ratios(site: Site, name: str, targets: dict[str, float]) -> list[str]:
+    cells = []
+    for baseline, target in targets.items():
+        mine, theirs = (row_of(site, each, target, baseline) for each in (name, baseline))
+        for found in (ratio(mine, theirs), ratio_in_turn(site, mine, theirs)):
+            cells.append("" if found is None else _said(found, mine.seeds))
+    return cells
+
+
+def _said(found: Ratio, seeds: Sequence[int]) -> str:
+    """A ratio with its spread, and how many seeds it is of.
+
+    >>> _said(Ratio(31.24, 0.8, 5), range(5)), _said(Ratio(2.0, math.nan, 1), range(3))
+    ('31.2x ± 0.8, 5 seeds', '2.0x, 1 of 3 seeds')
+    """
+    if not found.pairs:
+        return "not reached"
+    error = "" if math.isnan(found.error) else f" ± {found.error:.1f}"
+    some = f"{found.pairs} of " if found.pairs < len(seeds) else ""
+    return f"{found.mean:.1f}x{error}, {some}{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+
+
+def bench(path: Path) -> str:
+    """Returns ratios of the training step at three sizes, and of generation.
+
+    Args:
+      path: of the bench's JSON; Markdown lies beside it.
+    """
+    content = read_json(path) if path.exists() else {}
+    steps = [m for table in TRAIN for m in _measured(content.get(table, []))]
+    written = _measured(content.get("decode", []))
+    if not steps and not written:
+        return ""
+    parts = ["Tokens a second, ours / theirs in the same minutes: medians and quartiles of rounds."]
+    if steps:
+        sides = (train_step.EAGER, train_step.COMPILE)
+        rows = [
+            [
+                f"{m.values['facts'][train_step.JAX]['parameters'] / 1e6:.1f} M",
+                *(train_step.ratio_where_equal(m, side) for side in sides),
+                str(min(train_step.steps_compared(m, side) for side in sides)),
+            ]
+            for m in steps
+        ]
+        names = ["train step", *sides, "steps of compared losses"]
+        parts.append("\n".join(grid(names, rows, "lrrr")))
+    if written:
+        rows = [row for m in written for row in _generation(m)]
+        names = ["batch", "prefill", "decode, against transformers' `generate`"]
+        parts.append("\n".join(grid(names, rows, "lrr")))
+    facts = [measured.machine for measured in steps + written]
+    machines = sorted({f"{each['cores']} cores of an {each['processor']}" for each in facts})
+    parts.append(
+        f"`python -m experiments.bench`, on {' and '.join(machines)}; memory, shares of the peak, "
+        f"data, starts and how cost grows: [{path.stem}.md](experiments/results/{path.stem}.md)."
+    )
+    return "\n\n".join(parts)
+
+
+def _generation(measured: Measured) -> list[list[str]]:
+    count = parameter_count(shape_from_json(measured.measurement.settings["shape"]).model) / 1e6
+    ours, theirs = (measured.values[side] for side in (decode.OURS, decode.THEIRS))
+    return [
+        [
+            f"{rows} of {count:.1f} M",
+            *(str(ratio_of_rounds(ours[rows][p], theirs[rows][p])) for p in ("prefill", "decode")),
+        ]
+        for rows in ours
+    ]
+
+
+def _measured(rows: Sequence[dict[str, Any]]) -> list[Measured]:
+    """What the bench's JSON holds of a table, without what failed."""
+    return [
+        Measured(Measurement("", r["settings"], dict), r["values"], r["seconds"], r["machine"])
+        for r in rows
+        if FAILED not in r["values"]
+    ]
