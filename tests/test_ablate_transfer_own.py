@@ -13,8 +13,10 @@ from experiments.ablate.__main__ import Ablate, own_files, run_command
 from experiments.json_files import read_json
 from experiments.tables.table import Request
 from model.presets import encoder_decoder_tiny, modern_mini
+from tests.squad_cases import colours, write_squad
 from tests.test_run import own_cache  # noqa: F401 (fixture)
-from train.tasks.rows import RowFormat
+from train.settings import digest
+from train.tasks.rows import RowFormat, content_hash
 
 pytest.importorskip("sklearn")
 WORDS = {"calm": "sea lake moss", "glad": "song dance sun", "sore": "thorn blister ache"}
@@ -94,6 +96,42 @@ def test_one_pair_of_files_is_divided(captions, tmp_path):
     assert items[1].needs[0].settings.tokenizer == "bytes"  # so few words
 
 
+def test_other_data_make_a_report_of_their_own(tmp_path, monkeypatch):
+    path = write_squad(tmp_path / "my squad.json", [colours(seed, 1) for seed in range(20)])
+    request = Request(squad=path)
+    name = own.other_data(request)
+    assert name.startswith("my-squad-")
+    copy = tmp_path / "my squad.again.json"
+    copy.write_bytes(path.read_bytes())
+    assert own.other_data(Request(squad=copy)) == name
+    plays = tmp_path / "plays.txt"
+    plays.write_text("Enter a ghost.")
+    assert own.other_data(replace(request, shakespeare=plays)) not in (name, "")
+    assert own.other_data(Request()) == ""
+    monkeypatch.setitem(own.KNOWN, "squad", digest([content_hash(path)]))
+    assert own.other_data(request) == ""  # the tables' own
+    assert own.other_data(replace(request, shakespeare=plays)).startswith("plays-")
+
+
+def test_a_published_report_is_not_written_over(tmp_path, monkeypatch):
+    path = write_squad(tmp_path / "other.json", [colours(seed, 1) for seed in range(20)])
+    seen = {}
+
+    def run_tables(topic, tables, chosen, request, path, **more):
+        seen.update(path=path, tables=[table.name for table in tables], **more)
+        return []
+
+    monkeypatch.setattr("experiments.ablate.__main__.run_tables", run_tables)
+    run_command(Ablate("transfer", squad=path, results=tmp_path, out=tmp_path / "out"))
+    assert seen["path"].name.startswith("transfer-other-")
+    assert seen["tables"] == ["squad"]
+    assert seen["command"].endswith(f"transfer --squad {path}")
+    monkeypatch.setitem(own.KNOWN, "squad", digest([content_hash(path)]))
+    run_command(Ablate("transfer", squad=path, results=tmp_path, out=tmp_path / "out"))
+    assert seen["path"].name.startswith("transfer-cpu")
+    assert "sst2" in seen["tables"]
+
+
 def test_what_does_not_fit_is_said(reviews, tmp_path):
     path = str(reviews)
     for fields, why in (
@@ -117,6 +155,8 @@ def test_a_report_on_own_files(reviews, captions, tmp_path, monkeypatch, own_cac
     for name, value in {
         "STEPS": 4,
         "EVERY": 2,
+        "KEEP_EVERY": 2,
+        "BUCKETS": 64,
         "LANGUAGE_STEPS": 2,
         "LANGUAGE_ROWS": 2,
         "ROWS": 2,
@@ -133,10 +173,10 @@ def test_a_report_on_own_files(reviews, captions, tmp_path, monkeypatch, own_cac
     text = written[1].read_text()
     assert written[0].name.startswith("transfer-my-reviews-")
     assert "3 labels, of which the commonest is" in text
-    assert "of TF-IDF and logistic regression" in text
+    assert "that TF-IDF and logistic regression on words reach" in text
     assert "| from scratch |" in text
     assert "Missing" not in text
-    assert len(read_json(written[0])["cells"]) == 1 + 1 + 3 + 2 + 1
+    assert len(read_json(written[0])["cells"]) == 1 + 1 + 3 + 4 + 1
 
     sizes = {"STEPS": 2, "EVALUATE_EVERY": 1, "WARMUP": 0, "ROWS": 2, "LENGTH": 48}
     searches = {"greedy": (1, 0.0), "2 beams": (2, 0.6)}

@@ -86,6 +86,17 @@ def test_the_best_span_is_that_of_a_search(logits, batch, longest):
         np.testing.assert_allclose(score[row], start[row, best[0]] + end[row, best[1]], rtol=1e-6)
 
 
+def test_the_best_span_lies_in_one_sentence(logits, batch):
+    start, end = span_log_probabilities(logits, batch)
+    sentences = jnp.broadcast_to(jnp.arange(T) // 3, (B, T))
+    first, last, score = best_spans(start, end, {**batch, "sentences": sentences}, 30)
+    for row in range(B - 1):
+        places = range(int(batch["first"][row]), int(batch["lengths"][row]))
+        spans = [(i, j) for i in places for j in places if i <= j and i // 3 == j // 3]
+        best = max(spans, key=lambda span: float(start[row, span[0]] + end[row, span[1]]))
+        assert (int(first[row]), int(last[row])) == best
+
+
 def test_smoothing_out_of_range_is_refused():
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         span_cross_entropy(lambda *_: None, 1.0)

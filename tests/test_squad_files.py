@@ -130,3 +130,19 @@ def test_json_is_as_it_was_written(tmp_path):
     """The cases of other tests hold what they say."""
     path = write_squad(tmp_path / "a.json", [colours(0)])
     assert json.loads(path.read_text())["data"][0]["title"] == "Colours 0"
+
+
+def test_folds_hold_out_other_articles():
+    titles = [f"t{n}" for n in range(20)]
+    shares = [("train", 0.8), ("valid", 0.1), ("test", 0.1)]
+    folds = [article_splits(titles, shares, fold=fold) for fold in range(10)]
+    held = {
+        split: [{t for t, s in fold.items() if s == split} for fold in folds]
+        for split in ("valid", "test")
+    }
+    assert folds[0] == article_splits(titles, shares)
+    assert {len(part) for part in held["test"]} == {2}
+    assert len(set().union(*held["test"])) == 20  # no two folds share any
+    assert held["valid"][1:] == held["test"][:-1]
+    with pytest.raises(ValueError, match="fold is -1"):
+        article_splits(titles, shares, fold=-1)

@@ -26,6 +26,7 @@ from train.schedules import Linear
 from train.settings import Phase, Settings
 from train.tasks.rows import RowFormat
 from train.tasks.squad import Squad, span_logits, windows_of
+from train.tasks.squad_reading import mark_ids
 from train.tasks.task import TEST, TRAIN, VALID, TaskFiles
 from train.tokenizers.tokenizer import load_tokenizer
 
@@ -80,27 +81,81 @@ def test_rows_hold_question_and_window_and_point_at_the_answer(task):
     assert seen == {row.columns["id"] for row in examples.rows}
 
 
-def test_marks_stand_before_the_words_of_the_question_and_move_no_answer(task):
+def test_marks_stand_before_shared_words_and_move_no_answer(task):
     plain, marked = (
         dataclasses.replace(task, stride=200, mark=mark).examples(TRAIN, BYTES, 120)
         for mark in (False, True)
     )
     assert plain.size == marked.size == len(plain.rows)  # a window each
-    end = BYTES.end_of_document
+    mark = mark_ids(BYTES)[0]
     for n, row in enumerate(plain.rows):
-        first, length = plain.arrays["first"][n], marked.arrays["lengths"][n]
-        ids = marked.arrays["tokens"][n, first:length]
-        (at,) = np.flatnonzero(ids == end)  # "What does Ann like?" shares "Ann" alone
-        name = row.columns["question"].split()[2].encode()
-        assert bytes(ids[at + 1 : at + 1 + len(name)].tolist()) == name
-        unmarked = plain.arrays["tokens"][n, first : plain.arrays["lengths"][n]]
-        np.testing.assert_array_equal(ids[ids != end], unmarked)
+        first, length = (marked.arrays[name][n] for name in ("first", "lengths"))
+        ids = marked.arrays["tokens"][n, :length]
+        at = np.flatnonzero(ids == mark)
+        behind = [bytes(ids[a + 1 : a + 5].tolist()).decode(errors="ignore") for a in at]
+        name = row.columns["question"].split()[2]
+        # "What does Ann like?" shares "Ann" with the paragraph, and the stem of "likes".
+        assert [text[: len(name)] for text in behind if text != "like"] == [name, name]
+        assert behind.count("like") == 1 + 3
+        assert (at < first).sum() == 2
+        whole = slice(plain.arrays["lengths"][n])
+        np.testing.assert_array_equal(ids[ids != mark], plain.arrays["tokens"][n, whole])
         for arrays in (plain.arrays, marked.arrays):
             span = slice(arrays["starts"][n], arrays["ends"][n] + 1)
             assert BYTES.decode(arrays["tokens"][n, span]) == json.loads(row.columns["answers"])[0]
             bytes_ = row.columns["paragraph"].encode()
             again = [bytes_[piece] for piece in arrays["pieces"][n, span]]
             np.testing.assert_array_equal(again, arrays["tokens"][n, span])
+
+
+def test_the_sentences_that_share_most_come_first_and_no_span_crosses_two(task):
+    task = dataclasses.replace(task, order="shared", most_windows=1)
+    examples = task.examples(TRAIN, BYTES, T)
+    arrays = examples.arrays
+    assert examples.size == len(examples.rows)  # one row each, whatever does not fit
+    ranks = mark_ids(BYTES)[1:]
+    for n, row in enumerate(examples.rows):
+        read = slice(arrays["first"][n], arrays["lengths"][n])
+        ids, sentences = (arrays[name][n, read] for name in ("tokens", "sentences"))
+        name = row.columns["question"].split()[2]
+        assert ids[0] == ranks[0]
+        assert f"{name} likes" in BYTES.decode(ids[sentences == 1][1:])
+        assert (np.diff(sentences) >= 0).all()
+        begins = np.flatnonzero(np.isin(ids, ranks))
+        assert ids[begins].tolist() == ranks[: len(begins)].tolist()
+        span = slice(arrays["starts"][n], arrays["ends"][n] + 1)
+        answer = BYTES.decode(arrays["tokens"][n, span])
+        assert answer == json.loads(row.columns["answers"])[0]
+    batch = {name: jnp.asarray(array) for name, array in arrays.items()}
+    outputs = jax.jit(task.outputs(Transformer(CONFIG)))(weights_of(task), batch)
+    rows = np.arange(examples.size)
+    start, stop = (np.asarray(outputs[name]) for name in ("start", "stop"))
+    assert (stop > start).any()
+    assert (arrays["sentences"][rows, start] == arrays["sentences"][rows, stop]).all()
+
+
+def test_an_answer_over_two_sentences_is_not_in_their_row(tmp_path):
+    text = "Ann left. Bob came. Eve is here."
+    asked = [("1", "Who is here?", ["left. Bob"]), ("2", "Who is here?", ["Bob"])]
+    path = write_squad(tmp_path / "a.json", [article("A", [(text, asked)]), colours(0)])
+    halves = ((TRAIN, 0.5), (VALID, 0.5))
+    files = TaskFiles(((TRAIN, str(path)),))
+    task = Squad(files, halves, (("A", TRAIN),), order="shared").resolve()
+    arrays = task.examples(TRAIN, BYTES, 96).arrays
+    inside = arrays["starts"] >= arrays["first"]
+    assert inside.tolist() == [False, True]
+    assert arrays["exact"].tolist() == [0, 1]
+    first = arrays["first"][0]
+    assert BYTES.decode(arrays["tokens"][0, first + 1 :][: len("Eve is here.")]) == "Eve is here."
+
+
+def test_windows_may_be_the_first_ones_alone(task):
+    whole = task.examples(TRAIN, BYTES, T)
+    assert whole.size > 2 * len(whole.rows)
+    few = dataclasses.replace(task, most_windows=2).examples(TRAIN, BYTES, T)
+    assert np.bincount(few.arrays["row"]).tolist() == [2] * len(whole.rows)
+    here = np.flatnonzero(whole.arrays["row"] == 0)[:2]
+    np.testing.assert_array_equal(few.arrays["tokens"][:2], whole.arrays["tokens"][here])
 
 
 def test_one_file_serves_three_splits_that_share_no_paragraph(task):
@@ -161,6 +216,8 @@ def test_only_full_attention_sees_what_follows(task, attention, strict):
     [
         ({"attention": "none"}, "'causal' or 'full'"),
         ({"stride": 0}, "stride is 0"),
+        ({"order": "best"}, "text, shared"),
+        ({"most_windows": 0}, "most_windows is 0"),
         ({"shares": (("dev", 1.0),)}, "no split is called 'dev'"),
     ],
 )
@@ -185,6 +242,7 @@ def test_files_that_do_not_go_together(path, tmp_path):
     for changes in (
         {"articles": (("Colours 9", TRAIN),)},
         {"shares": ((TRAIN, 0.5), (VALID, 0.5))},
+        {"fold": 1},
     ):
         with pytest.raises(ValueError, match="divide a file that splits share"):
             dataclasses.replace(task, **changes).resolve()
@@ -290,5 +348,5 @@ def test_an_answer_begins_behind_its_mark(tmp_path):
     arrays = task.examples(TRAIN, BYTES, 64).arrays
     n = int(np.flatnonzero(arrays["row"] == 0)[0])
     start = arrays["starts"][n]
-    assert arrays["tokens"][n, start - 1] == BYTES.end_of_document
+    assert arrays["tokens"][n, start - 1] == mark_ids(BYTES)[0]
     assert BYTES.decode(arrays["tokens"][n, start : arrays["ends"][n] + 1]) == "dark red"

@@ -103,7 +103,7 @@ def best_spans(
     """Returns first and last place of the best span of each row, and its score, [B] each.
 
     The best is the greatest `start[i] + end[j]`, `first <= i <= j < min(i + longest, lengths)`.
-    Tokens have to be in order.
+    Tokens have to be in order. Where the batch has `sentences`, int32 [B, T], both lie in one.
 
     Args:
       start_BT, end_BT: log-probabilities or logits.
@@ -122,13 +122,15 @@ def best_spans(
         places_T[None] < batch["lengths"][:, None]
     )
     start_BT, end_BT = (jnp.where(on_BT, score_BT, low) for score_BT in (start_BT, end_BT))
+    sentences_BT = batch.get("sentences")
 
     def longer(best, extra):
         """Spans of `extra` more tokens than one: end scores shifted to where the span starts."""
         score_BT, extra_BT = best
-        ends_BT = jnp.where(
-            places_T[None] + extra < T, jnp.roll(end_BT, -extra, axis=1), jnp.full_like(end_BT, low)
-        )
+        fits_BT = jnp.broadcast_to(places_T[None] + extra < T, (B, T))
+        if sentences_BT is not None:
+            fits_BT &= jnp.roll(sentences_BT, -extra, axis=1) == sentences_BT
+        ends_BT = jnp.where(fits_BT, jnp.roll(end_BT, -extra, axis=1), jnp.full_like(end_BT, low))
         found_BT = start_BT + ends_BT
         better_BT = found_BT > score_BT
         chosen = (

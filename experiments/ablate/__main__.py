@@ -6,7 +6,8 @@
     python -m experiments.ablate transfer --labelled reviews.csv --columns text=review label=stars
 
 Finished cells are kept in experiments/results/TOPIC-BACKEND.json and do not run again; Markdown and
-pictures beside it are made from it alone. Own files have a report of their own, named after them.
+pictures beside it are made from it alone. Own files have a report of their own, named after them;
+so has other data behind --sst2, --shakespeare, --squad and --multi30k of transfer.
 """
 
 from __future__ import annotations
@@ -108,7 +109,6 @@ def run_command(command: Ablate) -> list[Path]:
         tables = transfer_own.LABELLED if labelled else transfer_own.PARALLEL
         name += f"-{transfer_own.name_of(own)}"
         line = _again(command)
-    chosen = tables_named(command.tables, tables)
     check_seeds(command.seeds)
     request = Request(
         folder_of_runs(command.out, "runs/ablate", command.fresh) / "cells",
@@ -122,6 +122,11 @@ def run_command(command: Ablate) -> list[Path]:
         labelled,
         parallel,
     )
+    if command.topic == "transfer" and (other := transfer_own.other_data(request)):
+        tables = tuple(table for table in tables if table.cells(request))
+        name += f"-{other}"
+        line = _again(command)
+    chosen = tables_named(command.tables, tables)
     path = command.results / f"{name}-{jax.default_backend()}.json"
     return run_tables(
         command.topic,
@@ -168,8 +173,11 @@ def own_files(command: Ablate) -> tuple[TaskFiles | None, TaskFiles | None]:
 
 
 def _again(command: Ablate) -> str:
-    """Returns the command line that a report on own files names."""
+    """Returns the command line that a report on own files, or on other data, names."""
     words = ["python", "-m", "experiments.ablate", command.topic]
+    for flag in ("stories", "sst2", "shakespeare", "squad", "multi30k"):
+        if (path := getattr(command, flag)) is not None:
+            words += [f"--{flag}", str(path)]
     for flag in ("labelled", "parallel", "columns", "separator", "column_names"):
         value = getattr(command, flag)
         values = [value] if isinstance(value, str) else list(value or ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from experiments.ablate import (
     transfer_multi30k,
-    transfer_squad,
+    transfer_squad_report,
     transfer_sst2_report,
     transfer_stories_report,
 )
@@ -13,6 +13,6 @@ from experiments.tables.table import Table
 TABLES: tuple[Table, ...] = (
     *transfer_sst2_report.TABLES,
     transfer_multi30k.TABLE,
-    transfer_squad.TABLE,
+    transfer_squad_report.TABLE,
     *transfer_stories_report.TABLES,
 )

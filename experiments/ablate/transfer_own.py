@@ -13,9 +13,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -23,21 +22,26 @@ import numpy as np
 from experiments.ablate import transfer_multi30k as multi30k
 from experiments.ablate import transfer_sst2 as sst2
 from experiments.ablate import transfer_sst2_report as sst2_report
+from experiments.ablate.tfidf import BASELINE, baseline
 from experiments.grid import Measurement, without_folders
 from experiments.tables.table import Item, Request, Results, Table
 from train.settings import digest, essential
 from train.tasks.classification import Classification
-from train.tasks.rows import RowFormat
-from train.tasks.rowwise import LABEL, template_for
-from train.tasks.task import SPLITS, TEST, TRAIN, VALID, TaskFiles
-from train.tasks.text import columns_of
+from train.tasks.rows import RowFormat, content_hash
+from train.tasks.squad_files import file_of
+from train.tasks.task import SPLITS, TRAIN, TaskFiles
 from train.tasks.translation import Translation
 
-BASELINE = "TF-IDF and logistic regression"
 FILES = "the files"
-PENALTIES = (1, 3, 10, 30)  # inverse, as scikit-learn has it
 PIECES = (4096, 2048, 1024, 512)
 SHORTEST, LONGEST, MULTIPLE = 16, 256, 16
+KNOWN = {
+    "squad": "58ccdee0b6f4dd97",
+    "shakespeare": "8f8d9c69e8a85ecd",
+    "sst2": "9677c0d08737822e",
+    "multi30k": "eaf72e340c807904",
+}
+"""Hashes of the data that the tables of transfer are made of, see `other_data`."""
 PIECES_A_WORD = 1.5  # of 4,096 pieces, about, in English
 
 
@@ -98,8 +102,44 @@ def name_of(files: TaskFiles) -> str:
     >>> name_of(TaskFiles((("train", "data/my reviews.csv"),), sha256=("c3ab",)))[:11]
     'my-reviews-'
     """
-    stem = PurePath(dict(files.paths)[TRAIN].partition(",")[0]).name.partition(".")[0]
-    return f"{re.sub(r'[^A-Za-z0-9_]+', '-', stem).strip('-') or 'files'}-{identity(files)[:8]}"
+    path = PurePath(dict(files.paths)[TRAIN].partition(",")[0])
+    return f"{_plain(path.name)}-{identity(files)[:8]}"
+
+
+def other_data(request: Request) -> str:
+    """Returns a name for a report on other data than the tables were made of, else "".
+
+    Data are known by content: a copy elsewhere is the same.
+    """
+    squad, plays = request.squad, request.shakespeare
+    found = {
+        "squad": [] if squad is None else [file_of(str(squad))],
+        "shakespeare": [] if plays is None else [plays],
+        "sst2": _files_in(request.sst2, sst2.FILES.values()),
+        "multi30k": _files_in(
+            request.multi30k,
+            (f"{name}.{side}.gz" for name in multi30k.SPLITS.values() for side in ("en", "de")),
+        ),
+    }
+    hashes = {
+        name: digest([content_hash(path) for path in paths])
+        for name, paths in found.items()
+        if paths and all(path.is_file() for path in paths)  # else a table says what is missing
+    }
+    if all(KNOWN[name] == value for name, value in hashes.items()):
+        return ""
+    first = next(name for name, value in hashes.items() if KNOWN[name] != value)
+    stem = first if len(found[first]) > 1 else found[first][0].name
+    return f"{_plain(stem)}-{digest(hashes)[:8]}"
+
+
+def _files_in(folder: Path | None, names: Iterable[str]) -> list[Path]:
+    return [] if folder is None else [folder / name for name in names]
+
+
+def _plain(name: str) -> str:
+    stem = name.partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-") or "files"
 
 
 def identity(what: Any) -> str:
@@ -120,52 +160,12 @@ def labelled_cells(request: Request) -> list[Item]:
     rows = sst2.Rows(task, pieces, length_for(texts, pieces))
     of = {"task": identity(task)}
     measured = {"measured": BASELINE, "pieces": pieces, "length": rows.length, **of}
-    linear = Measurement(BASELINE, measured, functools.partial(baseline, task))
+    linear = Measurement(BASELINE, measured, functools.partial(_linear, task))
     return [linear, *sst2.cells_of(request, rows, of)]
 
 
-def baseline(task: Classification, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fits logistic regression to TF-IDF of words, and of pairs of them.
-
-    The inverse penalty and whether pairs count are those that are best on the validation split.
-
-    Returns:
-      `accuracy` on the test split, that of the commonest label there, sizes, and the settings.
-
-    Raises:
-      ImportError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ImportError:
-        raise ImportError(
-            "the linear model needs scikit-learn: pip install 'accelerando[tasks]'"
-        ) from None
-    names = columns_of(template_for(task))
-    found = {}
-    for split in SPLITS:
-        rows, _ = task.rows(split)
-        texts = ["\n".join(row.columns[name] for name in names) for row in rows]
-        found[split] = (texts, [row.columns[LABEL] for row in rows])
-    models = [
-        make_pipeline(
-            TfidfVectorizer(ngram_range=(1, words)), LogisticRegression(C=C, max_iter=1000)
-        ).fit(*found[TRAIN])
-        for words in (1, 2)
-        for C in PENALTIES
-    ]
-    best = max(models, key=lambda model: model.score(*found[VALID]))
-    labels = found[TEST][1]
-    return {
-        "accuracy": float(best.score(*found[TEST])),
-        "commonest": max(Counter(labels).values()) / len(labels),
-        "labels": len(task.labels),
-        "rows": {split: len(texts) for split, (texts, _) in found.items()},
-        "pieces": settings["pieces"],
-        "length": settings["length"],
-    }
+def _linear(task: Classification, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {**baseline(task), **{name: settings[name] for name in ("pieces", "length")}}
 
 
 def render_labelled(results: Results) -> list[str]:
@@ -176,7 +176,7 @@ def render_labelled(results: Results) -> list[str]:
         "model of the same shape, trained on the standard library's source, the training texts "
         "without their labels, and plays if they were given. The best checkpoint on the validation "
         "split is measured on the test split. Rates and dropout are those that suit SST-2.",
-        " ".join((sst2.__doc__ or "").split("\n\n")[2].split()),
+        " ".join((sst2.__doc__ or "").split("\n\n")[3].split()),
     ]
     if found is None:
         return sst2_report.render_ways(results, about, math.nan)

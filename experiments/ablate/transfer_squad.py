@@ -1,11 +1,16 @@
 """Questions about paragraphs (SQuAD 1.1, split by article), against the sliding window.
 
-One small model, its pieces learned from the training articles, reads a question and a window of 256
-tokens under full attention, and points at the answer; where words are marked, those of the window
-that the question has, too, stand behind a mark. From scratch it is trained on the questions alone;
-from a language model it starts from one of the same shape, trained on the training articles (the
-questions of a paragraph, then the paragraph) and the standard library's source. The best checkpoint
-on the validation articles is measured once on the test articles.
+One small model reads a question and 128 tokens of its paragraph under full attention, and points at
+the answer. It is told which words both share, and reads the sentences that share most first (see
+`train.tasks.squad_words`), as many as fit; one row is without that help, and reads the paragraph as
+it stands, in windows that overlap. From scratch it is trained on the questions alone; from a
+language model it starts from one of the same shape, which has read the training articles (the
+questions of a paragraph, then the paragraph). Pieces are learned from the training articles.
+
+Each seed has test articles of its own, a tenth of all; another tenth chooses the checkpoint, which
+is measured once on the test articles. Rate and dropout are those of the same trials for scratch and
+transferred, one run each on a seed apart, by F1 on articles which no seed is tested on as long as
+there are fewer than ten; so is the longest answer. `--rows trial` runs the trials alone.
 
 The floor is the sliding window of Richardson et al. 2013 on the same test articles
 (`experiments.tasks.squad_floor`), 13.2 EM and 20.2 F1 on the whole development set in Rajpurkar et
@@ -19,20 +24,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from experiments.ablate.transfer_sst2_report import steps_to
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
-from experiments.tables.margins import margin
-from experiments.tables.markdown import grid, spread
-from experiments.tables.table import Item, Request, Results, Table
-from experiments.task_report import report_task
-from experiments.tasks.squad_floor import LONGEST, floor_scores
+from experiments.runs.run import best_step, open_run
+from experiments.tables.table import Item, Request
+from experiments.task_report import outputs_of, report_task
+from experiments.tasks.squad_floor import LONGEST, sliding_window
+from experiments.tasks.squad_metrics import span_metrics, squad_scores
 from model.config import TransformerConfig
 from model.presets import modern_mini
 from train.loop import LoopSettings
@@ -42,33 +45,56 @@ from train.schedules import Linear
 from train.settings import Phase, Settings
 from train.tasks.rows import content_hash
 from train.tasks.squad import Squad
-from train.tasks.squad_files import file_of
+from train.tasks.squad_files import Question, file_of
 from train.tasks.task import TEST, TRAIN, VALID, TaskFiles
 
 PIECES = "sentencepiece:4096"
-LENGTH, ROWS = 256, 16
-STEPS, EVERY = 600, 200
-LANGUAGE_STEPS, WARMUP = 600, 50
-SHARES = ((TRAIN, 0.85), (VALID, 0.05), (TEST, 0.10))
+LENGTH, ROWS, STRIDE = 128, 32, 64
+STEPS, EVERY, LOG = 1000, 100, 50
+LANGUAGE_STEPS, WARMUP = 700, 50
+TRIAL_SEED = 100
 
 FLOOR, LANGUAGE = "sliding window", "language model"
-PLAIN = "from scratch, nothing marked"
-SCRATCH, TRANSFER = "from scratch, words marked", "from the language model, words marked"
-WAYS = {PLAIN: (False, False), SCRATCH: (True, False), TRANSFER: (True, True)}
-"""Row -> (whether words are marked, whether it starts from the language model)."""
+PLAIN = "from scratch, paragraphs as they stand"
+SCRATCH, TRANSFER = "from scratch", "from the language model"
+WAYS = (PLAIN, SCRATCH, TRANSFER)
 FIGURES = ("exact_match", "f1")
 
 
-def model_of() -> TransformerConfig:
+class Tuned(NamedTuple):
+    """What trials choose."""
+
+    rate: float
+    dropout: float
+
+
+TRIALS = (Tuned(1e-3, 0.1), Tuned(1e-3, 0.3), Tuned(2e-3, 0.3))
+CHOSEN = {SCRATCH: Tuned(1e-3, 0.3), TRANSFER: Tuned(1e-3, 0.3)}
+"""The best of the trials of each way; the way without help has that of the one with it."""
+ANSWER_LENGTHS = (6, 10, 15, 30)
+ANSWER_LENGTH = 15
+"""Tokens of an answer at most."""
+
+
+def trial_of(way: str, tuned: Tuned) -> str:
+    """Returns the name of a trial's row.
+
+    >>> trial_of(SCRATCH, Tuned(1e-3, 0.1))
+    'trial at from scratch, rate 0.001, dropout 0.1'
+    """
+    return f"trial at {way}, rate {tuned.rate:g}, dropout {tuned.dropout:g}"
+
+
+def model_of(dropout: float) -> TransformerConfig:
     """Returns the model of all rows."""
-    return modern_mini(layers=4, width=128, heads=4, max_length=LENGTH)
+    return modern_mini(layers=4, width=128, heads=4, max_length=256, dropout=dropout)
 
 
 def language_settings(seed: int, texts: str) -> Settings:
     """Returns the run of the language model, on a folder with its texts."""
     return Settings(
-        phases=(Phase(LANGUAGE_STEPS, model_of(), ROWS, LENGTH),),
-        data=(texts, "stdlib"),  # in equal parts
+        phases=(Phase(LANGUAGE_STEPS, model_of(0.1), ROWS, LENGTH),),
+        data=(texts,),
         tokenizer=PIECES,
         seed=seed,
         optimizer=AdamW(learning_rate=3e-3, weight_decay=0.1),
@@ -76,19 +102,45 @@ def language_settings(seed: int, texts: str) -> Settings:
     )
 
 
-def task_of(squad: Path) -> Squad:
-    """Returns the task on a file of SQuAD."""
-    return Squad(TaskFiles(((TRAIN, str(squad)),)), SHARES).resolve()
+def task_of(squad: Path, fold: int = 0) -> Squad:
+    """Returns the task on a file of SQuAD, with help.
+
+    Args:
+      squad: the file.
+      fold: which articles are held out.
+    """
+    return Squad(
+        TaskFiles(((TRAIN, str(squad)),)),
+        fold=fold,
+        mark=True,
+        order="shared",
+        most_windows=1,
+        stride=STRIDE,
+        answer_length=ANSWER_LENGTH,
+    ).resolve()
 
 
-def task_settings(task: Squad, seed: int, parent: str | None = None) -> Settings:
-    """Returns the run of a row; one with a parent reads its pieces."""
+def task_settings(
+    way: str, tuned: Tuned, task: Squad, seed: int, parent: str | None = None
+) -> Settings:
+    """Returns the run of a way; that from the language model reads its pieces.
+
+    Args:
+      way: one of `WAYS`.
+      tuned: rate and dropout.
+      task: with help.
+      seed: of all that is drawn.
+      parent: run of the language model.
+    """
+    if way == PLAIN:
+        task = dataclasses.replace(task, mark=False, order="text", most_windows=None)
+    parent = parent if way == TRANSFER else None
     return Settings(
-        phases=(Phase(STEPS, model_of(), ROWS, LENGTH),),
+        phases=(Phase(STEPS, model_of(tuned.dropout), ROWS, LENGTH),),
         data=(),
         tokenizer=PIECES if parent is None else f"{parent}/tokenizer",
         seed=seed,
-        optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1),
+        optimizer=AdamW(learning_rate=tuned.rate, weight_decay=0.1),
         schedule=Linear(warmup_steps=WARMUP),
         parent=parent,
         task=task,
@@ -96,36 +148,54 @@ def task_settings(task: Squad, seed: int, parent: str | None = None) -> Settings
 
 
 def cells(request: Request) -> list[Item]:
-    """Returns the floor, and a measurement for every row, which needs its run."""
+    """Returns of each seed the floor and a measurement of every way, and the trials."""
     if request.squad is None:
         return []
-    of = {"sha256": content_hash(file_of(str(request.squad))), "shares": SHARES}
-    texts = Measurement(
-        "texts of the training articles",
-        {"text": "training articles", **of},
-        functools.partial(_keep_texts, request.cells, request.squad),
-    )
-    measured = {"measured": FLOOR, "longest": LONGEST, **of}
-    items: list[Item] = [Measurement(FLOOR, measured, functools.partial(floor, request.squad))]
+    sha256 = content_hash(file_of(str(request.squad)))
     task = task_of(request.squad)
-    tasks = {name: dataclasses.replace(task, mark=mark) for name, (mark, _) in WAYS.items()}
-    loop = LoopSettings(log_every=50, evaluate_every=EVERY, checkpoint_every=EVERY, watch="-f1")
+    items: list[Item] = []
     for seed in range(request.seeds):
-        language = Cell(
-            LANGUAGE,
-            language_settings(seed, str(request.cells / texts.key)),
-            LoopSettings(log_every=50, evaluate_every=300),
-            needs=(texts,),
-        )
-        items.append(language)
-        for name, (_, transfers) in WAYS.items():
-            parent = str(request.cells / language.key) if transfers else None
-            needs = (language,) if transfers else ()
-            cell = Cell(name, task_settings(tasks[name], seed, parent), loop, needs=needs)
+        of_seed = dataclasses.replace(task, fold=seed)
+        of = {"sha256": sha256, "fold": seed, "seed": seed}
+        measured = {"measured": FLOOR, "longest": LONGEST, **of}
+        items.append(Measurement(FLOOR, measured, functools.partial(floor, of_seed)))
+        language = _language(request, of_seed, sha256, seed)
+        about = {"measured": LANGUAGE, "run": language.key, "seed": seed}
+        cost = functools.partial(language_figures, request.cells)
+        items.append(Measurement(LANGUAGE, about, cost, needs=(language,)))
+        for way in WAYS:
+            tuned = CHOSEN[SCRATCH if way == PLAIN else way]
+            cell = _run(request, way, way, tuned, of_seed, seed, language)
             about = {"measured": TEST, "run": cell.key, "seed": seed}
             measure = functools.partial(tested, request.cells)
+            items.append(Measurement(way, about, measure, needs=(cell,)))
+    language = _language(request, task, sha256, TRIAL_SEED)
+    for way in CHOSEN:
+        for tuned in TRIALS:
+            name = trial_of(way, tuned)
+            cell = _run(request, name, way, tuned, task, TRIAL_SEED, language)
+            about = {"measured": VALID, "run": cell.key, "lengths": ANSWER_LENGTHS}
+            measure = functools.partial(tried, request.cells)
             items.append(Measurement(name, about, measure, needs=(cell,)))
     return items
+
+
+def _language(request: Request, task: Squad, sha256: str, seed: int) -> Cell:
+    texts = Measurement(
+        "texts of the training articles",
+        {"text": "training articles", "sha256": sha256, "fold": task.fold},
+        functools.partial(_keep_texts, request.cells, task),
+    )
+    settings = language_settings(seed, str(request.cells / texts.key))
+    return Cell(LANGUAGE, settings, LoopSettings(LOG, evaluate_every=EVERY), needs=(texts,))
+
+
+def _run(
+    request: Request, name: str, way: str, tuned: Tuned, task: Squad, seed: int, language: Cell
+) -> Cell:
+    settings = task_settings(way, tuned, task, seed, str(request.cells / language.key))
+    loop = LoopSettings(LOG, evaluate_every=EVERY, checkpoint_every=EVERY, watch="-f1")
+    return Cell(name, settings, loop, needs=(language,) if settings.parent is not None else ())
 
 
 def notes(request: Request) -> list[str]:
@@ -135,34 +205,115 @@ def notes(request: Request) -> list[str]:
     return ["SQuAD needs its file: --squad dev-v1.1.json (rajpurkar.github.io/SQuAD-explorer)."]
 
 
-def floor(squad: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the figures of the sliding window on the test articles."""
-    questions, _ = task_of(squad).questions(TEST)
-    return {**floor_scores(questions, settings["longest"]), "questions": len(questions)}
+def floor(task: Squad, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the figures of the sliding window on the test articles, and by article."""
+    questions, _ = task.questions(TEST)
+    texts = {q.id: sliding_window(q.paragraph, q.text, settings["longest"]) for q in questions}
+    references = {q.id: [answer.text for answer in q.answers] for q in questions}
+    return {
+        **squad_scores(texts, references),
+        "questions": len(questions),
+        "articles": by_article((q.title, texts[q.id], references[q.id]) for q in questions),
+    }
+
+
+def by_article(answered: Iterable[tuple[str, str, list[str]]]) -> dict[str, dict[str, float]]:
+    """Returns how many questions an article has, their exact match and F1.
+
+    Args:
+      answered: (title, prediction, references) of each question.
+
+    >>> by_article([("A", "red", ["red"]), ("A", "red", ["blue"]), ("B", "red", ["red"])])["A"]
+    {'questions': 2, 'exact_match': 50.0, 'f1': 50.0}
+    """
+    found: dict[str, list[tuple[str, list[str]]]] = {}
+    for title, text, references in answered:
+        found.setdefault(title, []).append((text, references))
+    figures = {}
+    for title, pairs in found.items():
+        texts = {str(number): text for number, (text, _) in enumerate(pairs)}
+        references_of = {str(number): wanted for number, (_, wanted) in enumerate(pairs)}
+        figures[title] = {"questions": len(pairs), **squad_scores(texts, references_of)}
+    return figures
+
+
+def language_figures(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the loss of a language model at its end, and what it took."""
+    rows = list(read_rows(cells / settings["run"] / "metrics.jsonl"))
+    last = next(row for row in reversed(rows) if row["kind"] == "evaluation")
+    return {"step": last["step"], "loss": last["loss"], "step_seconds": step_seconds(rows)}
+
+
+def step_seconds(rows: Iterable[Mapping[str, Any]]) -> float:
+    """Returns the CPU-seconds of a step, the median over what a run logged.
+
+    Of processor time, since runs may share their machine with others.
+
+    >>> rows = [{"kind": "train", "step": n * LOG, "cpu_seconds": n * 5.0} for n in (1, 2, 3)]
+    >>> step_seconds(rows)
+    0.2
+    """
+    logged = [row for row in rows if row["kind"] == "train"]
+    starts = [0, *(row["step"] for row in logged)]
+    each = [
+        row["cpu_seconds"] / (row["step"] - start)
+        for row, start in zip(logged, starts, strict=False)
+    ]
+    return statistics.median(each)
 
 
 def tested(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Measures the best checkpoint of a run, once, on the test articles.
 
     Returns:
-      Figures of `experiments.task_report`, and `curve`: what each evaluation found.
+      Figures of `experiments.task_report`; `articles`, by article; `curve`, what each evaluation
+      found; and the CPU-seconds of a step.
     """
     folder = cells / settings["run"]
-    curve = [
-        {name: row[name] for name in ("step", "seconds", "loss", *FIGURES)}
-        for row in read_rows(folder / "metrics.jsonl")
-        if row["kind"] == "evaluation"
-    ]
-    return {**report_task(folder), "curve": curve}
+    rows = list(read_rows(folder / "metrics.jsonl"))
+    figures = report_task(folder)
+    with (folder / f"predictions-{TEST}.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return {
+        **figures,
+        "articles": by_article((x["title"], x["prediction"], x["answers"]) for x in lines),
+        "curve": curve_of(rows),
+        "step_seconds": step_seconds(rows),
+    }
 
 
-def _keep_texts(cells: Path, squad: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def tried(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Measures the best checkpoint of a trial on the validation articles, and on nothing else.
+
+    Returns:
+      `step`, F1 by the longest answer allowed, and `curve`.
+    """
+    folder = cells / settings["run"]
+    run = open_run(folder, best_step(folder))
+    task: Any = run.settings.task
+    examples = task.examples(VALID, run.tokenizer, run.settings.phases[0].sequence_length)
+    f1 = {}
+    for length in settings["lengths"]:
+        of_length = dataclasses.replace(task, answer_length=length)
+        changed = dataclasses.replace(run.settings, task=of_length)
+        outputs = outputs_of(dataclasses.replace(run, settings=changed), examples, ROWS)
+        f1[str(length)] = span_metrics(of_length, examples, outputs, run.tokenizer)["f1"]
+    return {"step": run.step, "f1": f1, "curve": curve_of(read_rows(folder / "metrics.jsonl"))}
+
+
+def curve_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Returns what each evaluation of a run found."""
+    names = ("step", "loss", *FIGURES)
+    return [{name: row[name] for name in names} for row in rows if row["kind"] == "evaluation"]
+
+
+def _keep_texts(cells: Path, task: Squad, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the training paragraphs, each behind its questions, a document each."""
-    questions, _ = task_of(squad).questions(TRAIN)
-    documents: dict[str, list[str]] = {}
+    questions, _ = task.questions(TRAIN)
+    documents: dict[str, list[Question]] = {}
     for question in questions:
-        documents.setdefault(question.paragraph, []).append(question.text)
-    texts = ["\n".join([*asked, paragraph]) for paragraph, asked in documents.items()]
+        documents.setdefault(question.paragraph, []).append(question)
+    texts = ["\n".join([*(q.text for q in asked), p]) for p, asked in documents.items()]
     out = cells / Measurement("", settings, dict).key
     if not out.exists():
         with made_at_once(out) as folder:
@@ -170,110 +321,3 @@ def _keep_texts(cells: Path, squad: Path, settings: Mapping[str, Any]) -> dict[s
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
             (folder / "articles.jsonl").write_text(lines, encoding="utf-8")
     return {"documents": len(texts)}
-
-
-# From the results alone
-
-
-def render(results: Results) -> list[str]:
-    """Returns figures on the test articles, and what they say against the floor and scratch."""
-    lines = [" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[1:3]]
-    found = next(iter(results.by_name.get(FLOOR, {}).values()), None)
-    rows = []
-    if found is not None:
-        rows.append([FLOOR, *(f"{found[name]:.1f}" for name in FIGURES), "", "", ""])
-    for way in WAYS:
-        seeds = list(results.by_name.get(way, {}).values())
-        if not seeds:
-            continue
-        tests = [values[TEST] for values in seeds]
-        rows.append(
-            [
-                way,
-                *(spread([test[name] for test in tests], 1) for name in FIGURES),
-                spread([test["loss"] for test in tests], 3),
-                f"{np.mean([test['representable'] for test in tests]):.1f}",
-                f"{np.mean([values['step'] for values in seeds]):.0f}",
-            ]
-        )
-    names = ["way", "exact match", "F1", "loss", "answers that pieces give back, %", "best step"]
-    lines = [lines[0], "", lines[1], "", *grid(names, rows, "l" + "r" * (len(names) - 1)), ""]
-    return [*lines, *_claims(results, found)]
-
-
-def _claims(results: Results, found: Mapping[str, Any] | None) -> list[str]:
-    lines = []
-    for way in WAYS:
-        tests = [values[TEST] for values in results.by_name.get(way, {}).values()]
-        if tests and found is not None:
-            gaps = {n: float(np.mean([t[n] for t in tests])) - found[n] for n in FIGURES}
-            lines.append(
-                f"* {way.capitalize()}: {gaps['exact_match']:+.1f} exact match and "
-                f"{gaps['f1']:+.1f} F1 against the sliding window."
-            )
-    for what, way, other in (
-        ("Marked words add", SCRATCH, PLAIN),
-        ("The language model adds", TRANSFER, SCRATCH),
-    ):
-        if seeds := results.shared(way, other):
-            pair = [[results.by_name[one][n][TEST]["f1"] for n in seeds] for one in (way, other)]
-            found_margin = margin(*pair)
-            lines.append(
-                f"* {what} {found_margin.difference:+.1f} F1, in standard errors "
-                f"{found_margin.text}."
-            )
-    return [*lines, *_time_to_scratch(results)]
-
-
-def _time_to_scratch(results: Results) -> list[str]:
-    """How much sooner the language model's row is where training from scratch ends.
-
-    In steps, which are the same work in both rows.
-    """
-    seeds = results.shared(SCRATCH, TRANSFER)
-    if not seeds:
-        return []
-    curves = {
-        way: [
-            [[row["step"], row["f1"]] for row in results.by_name[way][seed]["curve"]]
-            for seed in seeds
-        ]
-        for way in (SCRATCH, TRANSFER)
-    }
-    target = float(np.mean([curve[-1][1] for curve in curves[SCRATCH]]))
-    steps = {way: np.array([steps_to(c, target) for c in found]) for way, found in curves.items()}
-    ratios = steps[SCRATCH] / steps[TRANSFER]
-    both = ratios[np.isfinite(ratios)]
-    said = spread(both.tolist(), 2) if len(both) else "none"
-    return [
-        f"* Steps to {target:.1f} F1 on the validation articles, where training from scratch ends, "
-        f"over those from the language model: {said} (seeds in which both reach it: {len(both)} of "
-        f"{len(seeds)}; looked at every {EVERY} steps). A step is the same work in both; the "
-        f"language model took {LANGUAGE_STEPS} of about the same before."
-    ]
-
-
-def picture(results: Results) -> Any:
-    """Draws F1 on the validation articles by step."""
-    from matplotlib.figure import Figure
-
-    curves = {
-        way: [values["curve"] for values in results.by_name.get(way, {}).values()] for way in WAYS
-    }
-    if not any(curves.values()):
-        return None
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
-    colours = ("tab:grey", "tab:blue", "tab:orange")
-    for colour, (way, seeds) in zip(colours, curves.items(), strict=True):
-        for number, curve in enumerate(seeds):
-            steps, values = ([row[name] for row in curve] for name in ("step", "f1"))
-            axes.plot(steps, values, ".-", color=colour, label=way if not number else None)
-    axes.set(xlabel="step", ylabel="F1 on the validation articles, %", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-TABLE = Table("squad", "Questions about paragraphs (SQuAD)", cells, render, picture, notes)

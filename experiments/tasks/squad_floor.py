@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from experiments.tasks.squad_metrics import squad_scores
 from train.tasks.squad_files import Question
-from train.tasks.squad_words import FUNCTION_WORDS, Word, words_of
+from train.tasks.squad_words import FUNCTION_WORDS, Word, sentences_of, words_of
 
 LONGEST = 2  # words; of 1 to 6 it has the best F1 on the articles that train
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\W*[A-Z0-9])")
 
 
 def sliding_window(paragraph: str, question: str, longest: int = LONGEST) -> str:
@@ -39,8 +37,8 @@ def sliding_window(paragraph: str, question: str, longest: int = LONGEST) -> str
     pairs = set(itertools.pairwise(asked))
     counts = Counter(word.text for word in words_of(paragraph))
     best, answer = (-math.inf, -math.inf), ""
-    for sentence, offset in _sentences(paragraph):
-        words = words_of(sentence)
+    for offset, behind in sentences_of(paragraph):
+        words = words_of(paragraph[offset:behind])
         for first, last in _candidates(words, frozenset(asked), longest):
             rest = [word.text for word in (*words[:first], *words[last + 1 :])]
             shared = len(set(rest) & set(asked)) + len(pairs.intersection(itertools.pairwise(rest)))
@@ -57,12 +55,6 @@ def floor_scores(questions: Sequence[Question], longest: int = LONGEST) -> dict[
     """Returns exact match and F1 of the sliding window, in percent."""
     texts = {q.id: sliding_window(q.paragraph, q.text, longest) for q in questions}
     return squad_scores(texts, {q.id: [answer.text for answer in q.answers] for q in questions})
-
-
-def _sentences(text: str) -> list[tuple[str, int]]:
-    """(sentence, where it starts)."""
-    cuts = [0, *(match.end() for match in _SENTENCE.finditer(text)), len(text)]
-    return [(text[a:b], a) for a, b in itertools.pairwise(cuts)]
 
 
 def _candidates(

@@ -1,6 +1,7 @@
 """Classification of one or two sentences, by a head or as next-token labels.
 
-By a head: the features of the last real token (or their mean) times `score/kernel`. As words: the
+By a head: the features of the last real token (or their mean) times `score/kernel`, and beside them
+what hashed n-grams of pieces say, where asked for (`train.tasks.grams`). As words: the
 label is written after the text, the model is trained to predict it, and a row belongs to the label
 whose word is the most probable one there.
 
@@ -25,6 +26,7 @@ from model.transformer import Transformer, features, head
 from train.losses import cross_entropy
 from train.losses_tasks import row_cross_entropy
 from train.plugs import Batch, LossTerm, PyTree
+from train.tasks.grams import GRAMS, check_grams, init_grams
 from train.tasks.rows import BadRow, Row
 from train.tasks.rowwise import (
     LABEL,
@@ -62,6 +64,9 @@ class Classification:
       pool: features that the head reads: those of the "last" token, or the "mean" of all.
       dropout: of the features that the head reads.
       language_weight: of the cross-entropy of the text itself, beside the task's.
+      grams: pieces of the longest n-grams whose own scores the head adds; 0 for none.
+      buckets: that n-grams are hashed into, all told apart as long as there are many more buckets
+        than n-grams: about `grams` times the tokens of the training rows.
       words: (label, word) pairs for "words"; by default each label is its own word.
       labels: in the order of the classes; by default those of the training file, sorted.
       rename: (label of the files, what it is called here) pairs, such as ("1", "POSITIVE") for the
@@ -76,16 +81,22 @@ class Classification:
     pool: Pool = "last"
     dropout: float = 0.0
     language_weight: float = 0.0
+    grams: int = 0
+    buckets: int = 2**19
     words: tuple[tuple[str, str], ...] = ()
     labels: tuple[str, ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         check_rowwise(self)
+        check_grams(self.grams, self.buckets)
         if self.by not in ("head", "words"):
             raise ValueError(f"by is {self.by!r}; it is 'head' or 'words'")
-        if self.by == "words" and (self.dropout or self.language_weight or self.pool != "last"):
-            raise ValueError("pool, dropout and language_weight are for a head, not for words")
+        of_a_head = (self.dropout, self.language_weight, self.grams, self.pool != "last")
+        if self.by == "words" and any(of_a_head):
+            raise ValueError(
+                "pool, dropout, language_weight and grams are for a head, not for words"
+            )
         if len(dict(self.rename)) < len(self.rename):
             raise ValueError("rename has a label twice; give each label of the files one name")
         if self.by == "head" and self.words:
@@ -115,11 +126,14 @@ class Classification:
         return dataclasses.replace(self, files=files, labels=labels)
 
     def head(self, key: Any, config: TransformerConfig) -> PyTree:
-        """Returns a matrix [D, C], or nothing for words."""
+        """Returns a matrix [D, C], and a table [buckets, C] of n-grams, or nothing for words."""
         if self.by == "words":
             return {}
-        dtype = jnp.dtype(config.parameter_dtype)
-        return {SCORE: init_head(key, config.width, len(self.labels), dtype)}
+        dtype, classes = jnp.dtype(config.parameter_dtype), len(self.labels)
+        made: dict[str, Any] = init_head(key, config.width, classes, dtype)
+        if self.grams:
+            made[GRAMS] = init_grams(self.buckets, classes, dtype)
+        return {SCORE: made}
 
     def terms(self, model: Transformer, label_smoothing: float) -> tuple[LossTerm, ...]:
         """Returns the cross-entropy of the labels, and of the text where asked for."""
@@ -129,7 +143,7 @@ class Classification:
         return (*found, *language_term(self.language_weight))
 
     def texts(self) -> Iterator[str]:
-        """Yields the training texts, labels left out."""
+        """Yields the training texts as they are encoded, labels left out."""
         rows, _ = self.rows(TRAIN)
         return texts_of(rows, template_for(self))
 

@@ -14,6 +14,7 @@ from model.transformer import Transformer, features
 from train.losses import cross_entropy
 from train.losses_tasks import dropped
 from train.plugs import Batch, Context, LossTerm, PyTree, View
+from train.tasks.grams import gram_scores
 from train.tasks.rows import BadRow, Row, keep_good, read_rows
 from train.tasks.task import (
     Outputs,
@@ -21,7 +22,7 @@ from train.tasks.task import (
     pad_rows,
     rows_of_split,
 )
-from train.tasks.text import columns_of, cut_parts, encode_parts
+from train.tasks.text import columns_of, cut_parts, encode_parts, written
 from train.tokenizers.tokenizer import Tokenizer
 
 LABEL = "label"
@@ -102,10 +103,13 @@ def _with_text(row: Row, texts: Sequence[str]) -> Row:
 
 
 def texts_of(rows: list[Row], template: str) -> Iterator[str]:
-    """Yields the texts that a template shows, row by row."""
+    """Yields what a template has between ends, row by row: the texts that are encoded, as they are.
+
+    >>> list(texts_of([Row(1, {"text": "ab", "text2": "c"})], "{end} {text}{end}or {text2}{end}"))
+    [' ab', 'or c']
+    """
     for row in rows:
-        for name in columns_of(template):
-            yield row.columns[name]
+        yield from (text for text in written(row, template) if text is not None)
 
 
 def padded(
@@ -124,7 +128,7 @@ def scores_of(task: Rowwise) -> Callable[[View, Batch, Context], jax.Array]:
         assert view.features is not None
         final_BTD = view.features.final
         pooled_BD = pool(final_BTD, batch["lengths"], task.pool, batch.get("positions"))
-        return scores(view.weights, dropped(pooled_BD, task.dropout, context))
+        return _scores(task, view.weights, dropped(pooled_BD, task.dropout, context), batch)
 
     return row_scores
 
@@ -135,9 +139,16 @@ def row_outputs(task: Rowwise, model: Transformer) -> Outputs:
     def apply(weights: PyTree, batch: Batch) -> dict[str, Any]:
         out = features(model, weights, batch["tokens"], batch.get("positions"))
         pooled_BD = pool(out.final, batch["lengths"], task.pool, batch.get("positions"))
-        return {"logits": scores(weights, pooled_BD)}
+        return {"logits": _scores(task, weights, pooled_BD, batch)}
 
     return apply
+
+
+def _scores(task: Rowwise, weights: PyTree, pooled_BD: jax.Array, batch: Batch) -> jax.Array:
+    """[B, C]: what the features say, and n-grams beside them."""
+    scores_BC = scores(weights, pooled_BD)
+    order = getattr(task, "grams", 0)
+    return scores_BC + gram_scores(weights, batch, order) if order else scores_BC
 
 
 def language_term(weight: float) -> tuple[LossTerm, ...]:

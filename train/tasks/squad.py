@@ -10,13 +10,13 @@ guess from what leads up to an answer that one follows. `attention="full"` lets 
 see all others, as in BERT, through the prefix of the attention (a prefix LM whose prefix is the
 whole row); weights of a causal language model are a start for either.
 
-With `mark` each word of the paragraph that the question has, too, stands behind an {end}: DrQA's
-exact-match feature (Chen et al. 2017, arXiv:1704.00051, section 3.2) as a token, which needs no
-parameter. It tells a small model what a large one has learned to see.
+With `mark` and `order` a small model is told what a large one has learned to see: which words
+question and paragraph share, and which sentences share most, see `train.tasks.squad_reading`.
 
 A paragraph that is longer than the row is read in windows that overlap. A window without the
 answer is trained to point at the separator before it, so that the scores of all windows,
-log-probabilities, can be compared: the answer is the best span of the best window.
+log-probabilities, can be compared: the answer is the best span of the best window. By
+`most_windows=1` the first one alone is read: with `order="shared"` the sentences that share most.
 
 Shapes: N examples, B rows, T time, D width.
 """
@@ -48,7 +48,13 @@ from train.losses_span import (
 from train.plugs import Batch, Context, LossTerm, PyTree, View
 from train.tasks.rows import BadRow, Row, RowFormat, content_hash, said_of
 from train.tasks.squad_files import Answer, Question, article_splits, file_of, read_squad
-from train.tasks.squad_words import shared_words
+from train.tasks.squad_reading import (
+    ORDERS,
+    Order,
+    mark_ids,
+    read_paragraph,
+    read_question,
+)
 from train.tasks.task import (
     SPLITS,
     TEST,
@@ -75,8 +81,11 @@ class Squad:
       shares: (split, share) of the articles of a file that splits share, which are ordered by the
         hash of their titles.
       articles: (title, split) of articles that are put into a split by name.
+      fold: other articles for the last of the shares, see `article_splits`.
       attention: "causal" or "full", see the module.
-      mark: mark the words of the paragraph that the question has, too; English.
+      mark: mark the words that question and paragraph share; English.
+      order: "text", or "shared": the sentences that share most with the question first; English.
+      most_windows: of a question at most, the first ones; None for all.
       stride: tokens by which a window is behind the one before it; less where the row is shorter.
       question_length: tokens of a question at most; longer ones are cut, and counted.
       answer_length: tokens of an answer that is predicted, at most.
@@ -87,8 +96,11 @@ class Squad:
     files: TaskFiles = TaskFiles()  # noqa: RUF009 (frozen)
     shares: tuple[tuple[str, float], ...] = ((TRAIN, 0.8), (VALID, 0.1), (TEST, 0.1))
     articles: tuple[tuple[str, str], ...] = ()
+    fold: int = 0
     attention: Literal["causal", "full"] = "full"
     mark: bool = False
+    order: Order = "text"
+    most_windows: int | None = None
     stride: int = 128
     question_length: int = 64
     answer_length: int = 30
@@ -96,6 +108,10 @@ class Squad:
     def __post_init__(self) -> None:
         if self.attention not in ("causal", "full"):
             raise ValueError(f"attention is {self.attention!r}; it is 'causal' or 'full'")
+        if self.order not in ORDERS:
+            raise ValueError(f"order is {self.order!r}; it is one of {', '.join(ORDERS)}")
+        if self.most_windows is not None and self.most_windows < 1:
+            raise ValueError(f"most_windows is {self.most_windows}; give at least 1, or None")
         for name in ("stride", "question_length", "answer_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 token")
@@ -119,10 +135,10 @@ class Squad:
             paths = tuple((split, paths[0][1]) for split, _ in self.shares)
         files = dataclasses.replace(self.files, paths=paths)
         alone = len({path for _, path in paths}) == len(paths)
-        if alone and (self.articles or self.shares != type(self).shares):
+        if alone and (self.articles or self.fold or self.shares != type(self).shares):
             raise ValueError(
-                "shares and articles divide a file that splits share, and here each split has its "
-                "own; leave them out"
+                "shares, articles and fold divide a file that splits share, and here each split "
+                "has its own; leave them out"
             )
         files = resolved(files, lambda path: content_hash(file_of(path)))
         task = dataclasses.replace(self, files=files)
@@ -161,7 +177,8 @@ class Squad:
         Beside those of `pad_rows`: `row`, the question; `first`, the place where the window begins
         in the row; `starts` and `ends`, places of the answer, both the separator where it is not in
         the window; `exact`, whether these pieces give the answer back as it is: int32 [N]. `pieces`
-        int32 [N, T]: which piece of the paragraph stands at a place, -1 for none. `prefix` is the
+        int32 [N, T]: which piece of the paragraph stands at a place, -1 for none. `sentences` int32
+        [N, T], where they are ordered: the rank of a place's sentence, 0 for none. `prefix` is the
         whole row under full attention.
 
         Raises:
@@ -182,41 +199,47 @@ class Squad:
         if length < 8:
             raise ValueError(f"rows of {length} tokens hold no paragraph; make them longer")
         paragraphs = paragraph_pieces(questions, tokenizer)
-        asked = tokenizer.encode_batch([question.text for question in questions])
+        asked = pieces_of([question.text for question in questions], tokenizer)
         most = min(self.question_length, length // 2)
         end = [tokenizer.end_of_document]
+        told = mark_ids(tokenizer) if self.mark or self.order == "shared" else None
+        marks = told if self.mark else None
         ids: list[list[int]] = []
         windows: list[_Window] = []
-        places: list[np.ndarray] = []
-        for row, (question, question_ids) in enumerate(zip(questions, asked, strict=True)):
+        places: dict[str, list[np.ndarray]] = {"pieces": [], "sentences": []}
+        cut = 0
+        for row, (question, question_pieces) in enumerate(zip(questions, asked, strict=True)):
             pieces = paragraphs[question.paragraph]
-            marked = marked_pieces(question, pieces) if self.mark else []
-            # The paragraph as it is read: the marks among its pieces, and which piece each is.
-            read = np.insert(pieces.ids, marked, end[0])
-            piece_at = np.insert(np.arange(len(pieces.ids), dtype=np.int32), marked, marked)
+            question_ids = read_question(question, question_pieces, marks)
+            cut += len(question_ids) > most
+            read = read_paragraph(question, pieces, marks, self.order, told)
             head = [*end, *question_ids[:most].tolist(), *end]
             start, stop, exact = -1, -1, False
             if question.answers:
                 first, last, exact = target_of(question, pieces)
-                start, stop = (
-                    int(np.searchsorted(piece_at, p, "right")) - 1 for p in (first, last)
-                )
-            for at, behind in windows_of(len(read), length - len(head), self.stride):
-                inside = at <= start and stop < behind
+                start, stop = read.place_of(first), read.place_of(last)
+            whole = start < 0 or read.sentences[start] == read.sentences[stop]  # of one sentence
+            found = windows_of(len(read.ids), length - len(head), self.stride)
+            for at, behind in found[: self.most_windows]:
+                inside = bool(whole) and at <= start and stop < behind
                 starts, ends = (
                     (len(head) + p - at if inside else len(head) - 1) for p in (start, stop)
                 )
-                ids.append(head + read[at:behind].tolist())
+                ids.append(head + read.ids[at:behind].tolist())
                 windows.append(_Window(row, len(head), starts, ends, int(exact and inside)))
-                before, after = len(head), length - len(ids[-1])
-                places.append(np.pad(piece_at[at:behind], (before, after), constant_values=-1))
+                pad = (len(head), length - len(ids[-1]))
+                for name, none in (("pieces", -1), ("sentences", 0)):
+                    array = getattr(read, name)[at:behind]
+                    places[name].append(np.pad(array, pad, constant_values=none))
         arrays = pad_rows(ids, length)
         columns = np.array(windows, np.int32).T
         arrays |= dict(zip(_Window._fields, np.ascontiguousarray(columns), strict=True))
-        arrays["pieces"] = np.stack(places)
+        arrays["pieces"] = np.stack(places["pieces"])
+        if self.order == "shared":
+            arrays["sentences"] = np.stack(places["sentences"])
         if self.attention == "full":
             arrays["prefix"] = arrays["lengths"].copy()
-        return arrays, sum(len(one) > most for one in asked)
+        return arrays, cut
 
     def outputs(self, model: Transformer) -> Outputs:
         """Returns the best span of each window: `start`, `stop` places, `score`; and its `loss`."""
@@ -230,6 +253,9 @@ class Squad:
                 order_BT = jnp.argsort(places_of(batch), axis=1)
                 start_BT = jnp.take_along_axis(start_BT, order_BT, axis=1)
                 end_BT = jnp.take_along_axis(end_BT, order_BT, axis=1)
+                if "sentences" in batch:
+                    ranks_BT = jnp.take_along_axis(batch["sentences"], order_BT, axis=1)
+                    batch = {**batch, "sentences": ranks_BT}
             start, stop, score = best_spans(start_BT, end_BT, batch, self.answer_length)
             loss = span_losses(logits_BT2, batch)
             return {"start": start, "stop": stop, "score": score, "loss": loss}
@@ -259,7 +285,7 @@ class Squad:
         if len(sharing) > 1:
             shares = [pair for pair in self.shares if pair[0] in sharing]
             titles = [question.title for question in questions]
-            belongs = article_splits(titles, shares, self.articles)
+            belongs = article_splits(titles, shares, self.articles, self.fold)
             questions = [question for question in questions if belongs[question.title] == split]
             bad = bad if split == sharing[0] else []  # told once
         return questions, bad
@@ -320,13 +346,6 @@ def span_of(answer: Answer, paragraph: str, pieces: Pieces) -> tuple[int, int, b
     begin = len(paragraph[:start].encode())
     first, last = pieces.span_of(begin, begin + len(text.encode()))
     return first, last, pieces.text_of(first, last) == text
-
-
-def marked_pieces(question: Question, pieces: Pieces) -> list[int]:
-    """Returns the pieces with which words begin that question and paragraph share."""
-    words = shared_words(question.text, question.paragraph)
-    begins = (len(question.paragraph[: word.start].encode()) for word in words)
-    return sorted({pieces.span_of(begin, begin + 1)[0] for begin in begins})
 
 
 def paragraph_pieces(questions: Sequence[Question], tokenizer: Tokenizer) -> dict[str, Pieces]:

@@ -77,6 +77,7 @@ def article_splits(
     titles: Sequence[str],
     shares: Sequence[tuple[str, float]],
     listed: Sequence[tuple[str, str]] = (),
+    fold: int = 0,
 ) -> dict[str, str]:
     """Returns the split that each article of one file belongs to.
 
@@ -87,14 +88,22 @@ def article_splits(
       titles: of the articles.
       shares: (split, share of the articles that are not listed); their sum is the whole.
       listed: (title, split) of those that are named.
+      fold: turns the order by so many times the last share, whose articles are then others: those
+        of fold f - 1 are last but one in fold f. No two folds share them as long as there are
+        others left.
 
     Raises:
-      ValueError: a share that is not positive, a title or a split that there is not, or a split
-        that is left without an article.
+      ValueError: a share that is not positive, a fold below 0, a title or a split that there is
+        not, or a split that is left without an article.
 
     >>> article_splits(["a", "b", "c"], [("train", 0.5), ("test", 0.5)], [("b", "test")])
     {'b': 'test', 'c': 'train', 'a': 'test'}
+    >>> halves = [("train", 0.5), ("test", 0.5)]
+    >>> [article_splits(["a", "b"], halves, fold=fold)["a"] for fold in (0, 1, 2)]
+    ['test', 'train', 'test']
     """
+    if fold < 0:
+        raise ValueError(f"fold is {fold}; folds are counted from 0")
     names = [split for split, _ in shares]
     if not shares or min(share for _, share in shares) <= 0:
         raise ValueError(f"shares of articles are positive, not {dict(shares)}")
@@ -109,6 +118,9 @@ def article_splits(
         key=lambda title: hashlib.sha256(title.encode()).hexdigest(),
     )
     whole, before = sum(share for _, share in shares), 0.0
+    last_share = len(rest) - round(len(rest) * (whole - shares[-1][1]) / whole)
+    turn = fold * last_share % len(rest) if rest else 0
+    rest = rest[turn:] + rest[:turn]
     for split, share in shares:
         first, last = (round(len(rest) * part / whole) for part in (before, before + share))
         found |= dict.fromkeys(rest[first:last], split)

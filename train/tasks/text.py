@@ -55,27 +55,13 @@ def encode_parts(
     >>> [part.tolist() for part in parts[0]]
     [[256], [97, 98, 33]]
     """
-    parts = _parts(template)
     texts: list[str] = []
     plans: list[list[int | None]] = []  # of each row: places in `texts`, or None for an end
-
-    def say(text: str, plan: list[int | None]) -> None:
-        if text:
-            plan.append(len(texts))
-            texts.append(text)
-
     for row in rows:
         plan: list[int | None] = []
-        text = ""
-        for literal, name in parts:
-            text += literal
-            if name == END:
-                say(text, plan)
-                plan.append(None)
-                text = ""
-            elif name is not None:
-                text += row.columns[name]
-        say(text, plan)
+        for text in written(row, template):
+            plan.append(None if text is None else len(texts))
+            texts += [] if text is None else [text]
         plans.append(plan)
     encoded = tokenizer.encode_batch(texts) if texts else []
     closing = f"{{{END}}}" in template
@@ -83,6 +69,24 @@ def encode_parts(
     return [
         [end if at is None else np.asarray(encoded[at], np.int32) for at in plan] for plan in plans
     ]
+
+
+def written(row: Row, template: str) -> list[str | None]:
+    """Returns what a template makes of a row: texts, each to be encoded as one, and None for ends.
+
+    >>> written(Row(1, {"text": "ab"}), "{end}so: {text}!{end}")
+    [None, 'so: ab!', None]
+    """
+    found: list[str | None] = []
+    text = ""
+    for literal, name in _parts(template):
+        text += literal
+        if name == END:
+            found += [text, None] if text else [None]
+            text = ""
+        elif name is not None:
+            text += row.columns[name]
+    return [*found, text] if text else found
 
 
 def cut_parts(parts: Sequence[np.ndarray], length: int) -> np.ndarray:
