@@ -171,8 +171,8 @@ def under_llama_cpp(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _llama_call(path: Path, tokens: np.ndarray, vocabulary_size: int) -> Callable[[], Any]:
     import llama_cpp
 
-    at_once = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), tokens.shape[1])
-    threads = {name: _cores() for name in ("n_threads", "n_threads_batch")}
+    at_once: dict[str, Any] = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), tokens.shape[1])
+    threads: dict[str, Any] = {name: _cores() for name in ("n_threads", "n_threads_batch")}
     loaded = llama_cpp.Llama(str(path), **at_once, **threads, verbose=False)
 
     def read() -> np.ndarray:
