@@ -90,7 +90,8 @@ def pace_of(site: Site, scale: Scale, group: Group, choices: Choices) -> float:
     rows = recipe_for(scale.at(choices=choices), group.subject).rows
     if rows == scale.rows:
         return 1.0
-    both = [scale.at(choices=group.with_rows(scale.choices, each)) for each in (rows, scale.rows)]
+    # Of no choices but the rows: rates make no step longer, and what was timed stays so.
+    both = [scale.at(choices=group.with_rows(Choices(), each)) for each in (rows, scale.rows)]
     jobs = [job_called("pace", each, group.subject, each.tokens, SEED) for each in both]
     name = f"{group.subject}, {rows} rows: tokens a second to {scale.rows} rows"
     item = Measurement(name, {"pace": [job.key for job in jobs]}, dict)
