@@ -48,7 +48,9 @@ def write_report(
       The files written.
     """
     lines = [f"# {topic.capitalize()}: tables", "", f"    {command}", ""]
-    lines += [_machine_line(facts) for facts in gathered.content()["machines"].values()]
+    # A run that is read from its folder says nothing of a machine.
+    known = filter(None, gathered.content()["machines"].values())
+    lines += [_machine_line(facts) for facts in known]
     lines += ["", legend or _LEGEND]
     written = [path.with_suffix(".md")]
     for table in tables:
