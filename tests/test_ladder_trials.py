@@ -41,7 +41,7 @@ BEST = {  # neither what stands in the code nor at an edge, but for b1 and the r
     "adamw": 2e-3,
     "muon": 0.04,
     "adam": 0.2 * 0.04,
-    "rows": 2,
+    "rows": 1,
 }
 
 
@@ -113,23 +113,23 @@ def test_a_trial_of_the_baseline_is_the_ladders_baseline_with_other_choices():
 def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     command = tuned(tmp_path)
     path, text = run_ladder(command)
-    assert len(command.run.ran) == 52
+    assert len(command.run.ran) == 56
     found = chain(read(path), TINY)
     after = found[-1].after
     for name, value in BEST["torch"].items():
         assert getattr(after.torch_adamw, name) == value
     assert type(after.torch_schedule).__name__ == "Cosine"
-    assert (after.adamw.learning_rate, after.rows, after.rows_rate) == (2e-3, 2, 2e-3)
+    assert (after.adamw.learning_rate, after.rows, after.rows_rate) == (2e-3, 1, 2e-3)
     assert (after.muon.learning_rate, after.muon.adam_learning_rate) == (0.04, BEST["adam"])
     assert (after.embedding_rate, after.head_rate) == (4.0, 1.0)
     content = text.read_text()
-    assert "26 of the tuned torch baseline, 26 of ours" in content
+    assert "28 of the tuned torch baseline, 28 of ours" in content
     printed = capsys.readouterr().out
     for lines in (content, printed):
         assert "betas: AT AN EDGE of the grid: torch_adamw.b1 0.8 is the lowest" in lines
         assert "groups: AT AN EDGE of the grid: embedding_rate 4 is the highest" in lines
         assert "rate and schedule: AT AN EDGE" not in lines
-    assert "    rows=2," in printed
+    assert "    rows=1," in printed
     again = tuned(tmp_path, cells=tmp_path / "clone")
     run_ladder(again)
     assert again.run.ran == []
@@ -144,12 +144,12 @@ def test_the_ladder_takes_the_choices_of_the_trials_and_prints_both_grids(tmp_pa
     command = ladder(tmp_path, rungs=("rate",), tuned=True)
     assert scale_of(command).choices.torch_adamw.b1 == 0.8
     text = run_ladder(command)[1].read_text()
-    assert "26 of the tuned torch baseline, 26 of ours" in text
+    assert "28 of the tuned torch baseline, 28 of ours" in text
     for group in groups():
         line = next(x for x in text.splitlines() if x.startswith(f"* {group.name} ("))
         assert line.count(";") == len(group.trials(TINY)) - 1
         assert line.count("**") == 2
-    assert "at an edge: rows 2" in text
+    assert "at an edge: rows 1" in text
     assert "rows below do not have what they chose" not in text
     capsys.readouterr()
     text = run_ladder(dataclasses.replace(command, tuned=False))[1].read_text()
@@ -175,17 +175,17 @@ def test_batches_are_tried_for_equal_seconds(tmp_path):
     path, text = run_ladder(command)
     whole = TINY.rows
     # Each smaller batch once for a side, at whatever rates it is tried.
-    assert timed == [(side, rows, whole) for side in (True, False) for rows in (2, 4)]
+    assert timed == [(side, rows, whole) for side in (True, False) for rows in (1, 2, 4)]
     for group in groups():
         if group.with_rows is not None:
-            for rows in (2, 4, whole):
+            for rows in (1, 2, 4, whole):
                 section = text.read_text().partition(f"### {group.name}")[2]
                 line = next(x for x in section.splitlines() if x.startswith(f"| {rows} rows"))
                 tokens = TINY.search.rounded(TINY.tokens * rows / whole)
                 assert line.split("|")[3].strip() == f"{tokens:,}"
     assert "2 rows: tokens a second to 8 rows: 0.25x" in text.read_text()
     run_ladder(tuned(tmp_path, pace=pace, cells=tmp_path / "clone"))
-    assert len(timed) == 4
+    assert len(timed) == 6
 
 
 def test_a_group_alone_stands_on_what_others_on_record_chose(tmp_path):

@@ -24,6 +24,8 @@ RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
 SCHEDULES: Mapping[str, Any] = {"linear": Linear(), "cosine": Cosine(final_fraction=0.1)}
 FIRST_MOMENTS = (0.8, 0.9, 0.95)
 SECOND_MOMENTS = (0.95, 0.98, 0.999)
+# Share of the scale's batch, and factors on the rate. At the tuned rate the whole has run.
+BATCHES = ((0.125, (0.5, 1.0)), (0.25, (0.5, 1.0)), (0.5, (0.5, 1.0)), (1.0, (1.0,)))
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -60,8 +62,8 @@ def rates_and_schedules(
 def batches(scale: Scale) -> dict[str, Choices]:
     """Returns the batch sizes of `experiments.ladder.rungs`' own trials, for the baseline.
 
-    A quarter and a half of the scale's batch, each at the rate that was chosen and at half of it;
-    and the whole one, which has run.
+    An eighth, a quarter and a half of the scale's batch, each at the rate that was chosen and at
+    half of it; and the whole one, which has run.
 
     >>> from experiments.ladder.scales import CPU
     >>> list(batches(CPU))[-1]
@@ -69,7 +71,7 @@ def batches(scale: Scale) -> dict[str, Choices]:
     """
     rate = scale.choices.torch_adamw.learning_rate
     found = {}
-    for factor, times in ((0.25, (0.5, 1.0)), (0.5, (0.5, 1.0)), (1.0, (1.0,))):
+    for factor, times in BATCHES:
         rows = max(1, round(scale.rows * factor))
         for each in times:
             choices = _changed(scale, learning_rate=rate * each)

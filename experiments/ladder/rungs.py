@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.baselines.tune import BATCHES
 from experiments.ladder.formats import formats
 from experiments.ladder.recipe import Ramp, Recipe
 from experiments.ladder.scales import Choices, Scale
@@ -87,13 +88,13 @@ def _batch(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def _batch_trials(scale: Scale) -> dict[str, Choices]:
-    """A quarter and a half of the baseline's batch, each at its rate and at half of it; and it.
+    """An eighth, a quarter and a half of the baseline's batch, each at its rate and at half of it.
 
-    All for as many seconds; the whole batch at the tuned rate is the rung below, and no run of its
-    own.
+    And the whole one; all for as many seconds. At the tuned rate that is the rung below, and no run
+    of its own.
     """
     found = {}
-    for factor, factors in ((0.25, (0.5, 1.0)), (0.5, (0.5, 1.0)), (1.0, (1.0,))):
+    for factor, factors in BATCHES:
         rows = max(1, round(scale.rows * factor))
         for times in factors:
             rate = scale.choices.adamw.learning_rate * times
