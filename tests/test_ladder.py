@@ -67,6 +67,17 @@ def test_warmups_are_shares_of_the_steps_whatever_the_batch():
         assert made.settings(("stdlib",), 128 * 100, 0).schedule.warmup_steps == steps
 
 
+def test_parts_of_a_batch_come_out_even_in_every_phase():
+    for batch, parts in ((8, 4), (2, 1), (1, 1), (6, 3), (9, 3)):
+        made = recipe(rows=batch, part_rows=2).settings(("stdlib",), 10_000, 0)
+        assert made.micro_batches == parts
+    fewer = recipe(ramps=(Ramp("rows", ((0.5, 0.5),)),), part_rows=2)
+    found = fewer.settings(("stdlib",), 10_000, 0)
+    assert [phase.batch_size for phase in found.phases] == [4, 8]
+    assert found.micro_batches == 2
+    assert recipe().settings(("stdlib",), 10_000, 0).micro_batches == 1
+
+
 def test_ramps_that_do_not_come_out_even_are_refused():
     with pytest.raises(ValueError, match=r"a ramp asks for 32 rows of 4 tokens|2\.66667"):
         recipe(ramps=(Ramp("rows", ((0.5, 1 / 3),)),)).settings(("stdlib",), 10_000, 0)
@@ -92,7 +103,7 @@ def test_a_rung_builds_on_the_kept_ones_alone(monkeypatch):
     monkeypatch.setattr(rungs, "RUNGS", changed)
     assert recipe_of("cautious", CPU).model.logit_softcap is None
     assert recipe_of("softcap", CPU).model.logit_softcap == 15.0
-    assert below("shortcuts") == "muon"
+    assert below("shortcuts") == "muon-batch"
 
 
 def test_names_say_one_thing():

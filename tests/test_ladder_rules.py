@@ -181,7 +181,7 @@ def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures
 
 
 def test_only_rows_that_looked_for_a_loss_are_compared_with_the_row_below(tmp_path, no_pictures):
-    chosen = (*BASELINES, "jax", "rate", "batch", "block")
+    chosen = (*BASELINES, "jax", "rate", "batch", "parts", "block")
     text = run_ladder(ladder(tmp_path, rungs=chosen))[1].read_text()
     second, first = text.split("### To the end of the first baseline")
     below = [part[part.index("#### To the rung below") :] for part in (first, second)]

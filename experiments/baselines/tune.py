@@ -4,7 +4,8 @@
 
 First every rate with every schedule; with the best of them the batch sizes that our own recipe is
 given, at that rate and at half of it, for as many seconds; then every pair of betas, and every
-weight decay. The budget is that of the baseline, fixed beforehand. Choices are made by the last
+weight decay; last the warmup and the norm that gradients are clipped to. The budget is that of the
+baseline, fixed beforehand. Choices are made by the last
 loss on the validation split; the test split is never opened. The trials lie in
 experiments/results/speedrun-tuning-SCALE.json, and the grids in the Markdown beside it.
 """
@@ -27,6 +28,8 @@ SECOND_MOMENTS = (0.95, 0.98, 0.999)
 # Share of the scale's batch, and factors on the rate. At the tuned rate the whole has run.
 BATCHES = ((0.125, (0.5, 1.0)), (0.25, (0.5, 1.0)), (0.5, (0.5, 1.0)), (1.0, (1.0,)))
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
+WARMUPS = (0.0, 0.02, 0.05, 0.1, 0.2)
+CLIPS = (0.5, 1.0, 2.0)
 
 
 def rates_and_schedules(
@@ -46,12 +49,13 @@ def rates_and_schedules(
             f"{len(set(rates))} rates and {len(schedules)} schedules do not tune a baseline; "
             "give at least 5 and 2"
         )
-    plain = Choices().torch_adamw
+    plain = Choices()
     return {
         f"{name} {rate:g}": dataclasses.replace(
             scale.choices,
-            torch_adamw=dataclasses.replace(plain, learning_rate=rate),
+            torch_adamw=dataclasses.replace(plain.torch_adamw, learning_rate=rate),
             torch_schedule=schedule,
+            torch_warmup=plain.torch_warmup,
             torch_rows=None,
         )
         for name, schedule in schedules.items()
@@ -98,6 +102,19 @@ def betas(scale: Scale) -> dict[str, Choices]:
 def decays(scale: Scale) -> dict[str, Choices]:
     """Returns every weight decay, with all that was chosen before."""
     return {f"decay {decay:g}": _changed(scale, weight_decay=decay) for decay in DECAYS}
+
+
+def warmups(scale: Scale) -> dict[str, Choices]:
+    """Returns every share of the steps that the rate may rise over, with all that was chosen."""
+    return {
+        f"warmup {share:g}": dataclasses.replace(scale.choices, torch_warmup=share)
+        for share in WARMUPS
+    }
+
+
+def clips(scale: Scale) -> dict[str, Choices]:
+    """Returns every norm that gradients may be clipped to, with all that was chosen before."""
+    return {f"clip {norm:g}": _changed(scale, clip_norm=norm) for norm in CLIPS}
 
 
 def _changed(scale: Scale, **fields: Any) -> Choices:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,7 @@ class Recipe:
       warmup: share of the steps.
       ramps: what differs before the end.
       optimizer_shares: counts of steps among the optimizer's settings, as shares of the run.
+      part_rows: rows of the parts that a batch is taken in, at least; None for all at once.
       more: further fields of `train.settings.Settings`.
     """
 
@@ -67,6 +69,7 @@ class Recipe:
     warmup: float = 0.0
     ramps: tuple[Ramp, ...] = ()
     optimizer_shares: Mapping[str, float] = field(default_factory=dict)
+    part_rows: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def with_model(self, **changes: Any) -> Recipe:
@@ -116,8 +119,19 @@ class Recipe:
             seed=seed,
             optimizer=dataclasses.replace(self.optimizer, **counts),
             schedule=schedule,
+            micro_batches=self._parts(phases),
             **self.more,
         )
+
+    def _parts(self, phases: Sequence[Phase]) -> int:
+        """As many parts as come out even in all phases, of `part_rows` rows or more."""
+        if self.part_rows is None:
+            return 1
+        common = math.gcd(*(phase.batch_size for phase in phases))
+        fits = (
+            n for n in range(common, 0, -1) if common % n == 0 and common // n >= self.part_rows
+        )
+        return next(fits, 1)
 
     def _phases(self, tokens: int) -> tuple[Phase, ...]:
         starts = sorted({0.0, *(share for ramp in self.ramps for share, _ in ramp.values)})

@@ -20,6 +20,9 @@ from model.presets import modern
 from train.optimizers import Adam
 from train.schedules import Constant, Linear
 
+PART_ROWS = 2
+"""See docs/cpu-throughput.md: gradients of parts are added up, and a step is the same."""
+
 Change = Callable[[Recipe, Scale], Recipe]
 Trials = Callable[[Scale], Mapping[str, Choices]]
 
@@ -103,6 +106,10 @@ def _batch_trials(scale: Scale) -> dict[str, Choices]:
     return found
 
 
+def _parts(recipe: Recipe, scale: Scale) -> Recipe:
+    return dataclasses.replace(recipe, part_rows=PART_ROWS)
+
+
 def _block(recipe: Recipe, scale: Scale) -> Recipe:
     """Everything of `model.presets.modern` but the soft-cap, which has a rung of its own."""
     new, plain = modern(), scale.model
@@ -134,6 +141,28 @@ def _muon_trials(scale: Scale) -> dict[str, Choices]:
             changed = dataclasses.replace(muon, learning_rate=rate, adam_learning_rate=share * rate)
             choices = dataclasses.replace(scale.choices, muon=changed)
             found[f"rate {rate:g}, AdamW's {share * rate:g}"] = choices
+    return found
+
+
+def _muon_rows(recipe: Recipe, scale: Scale) -> Recipe:
+    """Its step costs as much whatever the batch, so that a larger one is cheaper by the token."""
+    chosen, muon = scale.choices, scale.choices.muon
+    rates = {
+        name: chosen.muon_factor * getattr(muon, name)
+        for name in ("learning_rate", "adam_learning_rate")
+    }
+    fitted = dataclasses.replace(recipe, rows=chosen.muon_rows)
+    return fitted.with_optimizer(**rates)
+
+
+def _muon_rows_trials(scale: Scale) -> dict[str, Choices]:
+    """Once, twice and four times AdamW's batch, at Muon's rates and at higher ones."""
+    found = {}
+    for times, factors in ((1, (1.0, 1.4)), (2, (1.0, 1.4)), (4, (1.0, 1.4, 2.0))):
+        rows = times * scale.choices.rows
+        for factor in factors:
+            choices = dataclasses.replace(scale.choices, muon_rows=rows, muon_factor=factor)
+            found[f"{rows} rows, rates x{factor:g}"] = choices
     return found
 
 
@@ -270,6 +299,7 @@ RUNGS: tuple[Rung, ...] = (
         trials=_batch_trials,
         with_rows=lambda choices, rows: dataclasses.replace(choices, rows=rows),
     ),
+    Rung("parts", f"the batch in parts of {PART_ROWS} rows, of which caches hold all", _parts),
     Rung(
         "block",
         "rotary, RMSNorm, no biases, squared ReLU, QK-norm, zero-init, an untied head",
@@ -278,6 +308,14 @@ RUNGS: tuple[Rung, ...] = (
         trial_share=0.6,
     ),
     Rung("muon", "Muon on the kernels of the blocks", _muon, trials=_muon_trials, trial_share=0.3),
+    Rung(
+        "muon-batch",
+        "a batch that fits Muon",
+        _muon_rows,
+        trials=_muon_rows_trials,
+        trial_share=0.3,
+        with_rows=lambda choices, rows: dataclasses.replace(choices, muon_rows=rows),
+    ),
     Rung("softcap", "logits capped at 15", _softcap),
     Rung("shortcuts", "the embedding mixed into every block", _shortcuts),
     Rung("values", "value embeddings in every second block", _values),

@@ -30,6 +30,8 @@ class Choices:
       rows_rate: AdamW's at that batch.
       block_rate: AdamW's for the modern block.
       muon: for the modern block.
+      muon_rows: of the batch that fits Muon.
+      muon_factor: on Muon's rates at that batch.
       embedding_rate: factor on the rate of the embeddings.
       head_rate: factor on the rate of the head.
       vocabulary: tokenizer of the rung that changes it.
@@ -45,6 +47,8 @@ class Choices:
     rows_rate: float = 4e-3
     block_rate: float = 4e-3
     muon: Muon = field(default_factory=lambda: Muon(learning_rate=0.02, adam_learning_rate=0.008))
+    muon_rows: int = 16
+    muon_factor: float = 1.0
     embedding_rate: float = 2.0
     head_rate: float = 0.5
     vocabulary: str = "sentencepiece:1024"
@@ -145,6 +149,7 @@ GPU = Scale(
         rows_rate=2e-3,
         block_rate=2e-3,
         muon=Muon(newton_schulz_dtype="bfloat16"),
+        muon_rows=32,
         vocabulary="sentencepiece:16384",
     ),
     mode="compile",
@@ -163,7 +168,7 @@ TINY = Scale(
     tokens=8 * 32 * 48,
     evaluations=4,
     target_seeds=2,
-    choices=Choices(rows=4, vocabulary="sentencepiece:512"),
+    choices=Choices(rows=4, muon_rows=8, vocabulary="sentencepiece:512"),
 )
 
 SCALES: dict[str, Scale] = {scale.name: scale for scale in (CPU, GPU, TINY)}

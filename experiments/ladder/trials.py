@@ -64,6 +64,8 @@ def groups() -> tuple[Group, ...]:
         Group("torch-tuned, batch", TORCH_TUNED, tune.batches, with_rows=tune.with_rows),
         Group("torch-tuned, betas", TORCH_TUNED, tune.betas),
         Group("torch-tuned, decay", TORCH_TUNED, tune.decays),
+        Group("torch-tuned, warmup", TORCH_TUNED, tune.warmups),
+        Group("torch-tuned, clipping", TORCH_TUNED, tune.clips),
     )
     ours = (
         Group(r.name, r.name, r.trials, r.trial_share, r.with_rows)
