@@ -93,8 +93,7 @@ def _batch(recipe: Recipe, scale: Scale) -> Recipe:
 def _batch_trials(scale: Scale) -> dict[str, Choices]:
     """An eighth, a quarter and a half of the baseline's batch, each at its rate and at half of it.
 
-    And the whole one; all for as many seconds. At the tuned rate that is the rung below, and no run
-    of its own.
+    And the whole one; all for as many seconds.
     """
     found = {}
     for factor, factors in BATCHES:
@@ -156,9 +155,9 @@ def _muon_rows(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def _muon_rows_trials(scale: Scale) -> dict[str, Choices]:
-    """Once, twice and four times AdamW's batch, at Muon's rates and at higher ones."""
+    """Once, twice and four times AdamW's batch, at Muon's rates; larger ones at higher rates too."""
     found = {}
-    for times, factors in ((1, (1.0, 1.4)), (2, (1.0, 1.4)), (4, (1.0, 1.4, 2.0))):
+    for times, factors in ((1, (1.0,)), (2, (1.0, 1.4)), (4, (1.0, 1.4, 2.0))):
         rows = times * scale.choices.rows
         for factor in factors:
             choices = dataclasses.replace(scale.choices, muon_rows=rows, muon_factor=factor)
@@ -292,6 +291,7 @@ def _off(rung: Rung) -> Rung:
 RUNGS: tuple[Rung, ...] = (
     Rung("jax", "the first baseline's learning in our step", _same),
     Rung("rate", "AdamW, tuned rate, linearly to zero, no dropout", _rate, trials=_rate_trials),
+    Rung("parts", f"the batch in parts of {PART_ROWS} rows, of which caches hold all", _parts),
     Rung(
         "batch",
         "a batch that fits the budget",
@@ -299,7 +299,6 @@ RUNGS: tuple[Rung, ...] = (
         trials=_batch_trials,
         with_rows=lambda choices, rows: dataclasses.replace(choices, rows=rows),
     ),
-    Rung("parts", f"the batch in parts of {PART_ROWS} rows, of which caches hold all", _parts),
     Rung(
         "block",
         "rotary, RMSNorm, no biases, squared ReLU, QK-norm, zero-init, an untied head",
