@@ -155,7 +155,7 @@ def _muon_rows(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def _muon_rows_trials(scale: Scale) -> dict[str, Choices]:
-    """Once, twice and four times AdamW's batch, at Muon's rates; larger ones at higher rates too."""
+    """Once, twice and four times AdamW's batch, at Muon's rates; larger ones at higher ones too."""
     found = {}
     for times, factors in ((1, (1.0,)), (2, (1.0, 1.4)), (4, (1.0, 1.4, 2.0))):
         rows = times * scale.choices.rows
