@@ -136,8 +136,8 @@ def write_trials(site: Site, path: Path) -> list[Path]:
     lines += [
         f"One run each, of seed {SEED}, which no other table uses, measured at its end on the "
         "validation split. A group holds what those before it chose. Its trials have equal tokens; "
-        "those of batches equal seconds, by steps that were timed in turn; the seconds below are no "
-        "measure, since trials may share the machine. What was chosen is to "
+        "those of batches equal seconds, by steps that were timed in turn; the seconds below are "
+        "no measure, since trials may share the machine. What was chosen is to "
         "stand in `experiments/ladder/scales.py`; `--tuned` takes it from here."
     ]
     for name in dict.fromkeys(table.partition(": ")[0] for table in site.gathered.index):
