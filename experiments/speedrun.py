@@ -11,9 +11,9 @@ writes JSON, Markdown and a picture of loss against time.
     python -m experiments.speedrun --scale cpu --data tinyshakespeare.txt
 
 climbs the ladder: baselines in torch (extra `baseline`), then a technique a rung, each on top of
-those that are kept below it (`experiments/ladder/rungs.py`). Under an hour on two cores once the
-baselines have run. Their targets are means over as many seeds as the scale says (five at cpu),
-which run before any rung, so that they never move. Finished runs are kept in
+those that are kept below it (`experiments/ladder/rungs.py`). Targets are
+means over as many seeds as the scale says (five at cpu), which run before any rung, so that they
+never move. Finished runs are kept in
 experiments/results/speedrun-SCALE.json and do not run again; Markdown and pictures beside it are
 made from it alone. What fails is named at the end, and the rest goes on.
 

@@ -7,7 +7,6 @@ reports are made from it alone.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -350,7 +349,7 @@ def _values(job: Job, folder: Path) -> dict[str, Any] | None:
     texts = result.folder / "data.json"
     return {
         "reason": result.reason,
-        "points": points_of(result, facts.get("outside") or math.nan),
+        "points": points_of(result, facts.get("outside")),
         "peak_bytes": facts["peak_bytes"],
         "threads": facts.get("threads"),
         "texts": {f["name"]: f["sha256"] for f in read_json(texts)} if texts.exists() else {},

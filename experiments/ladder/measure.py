@@ -57,12 +57,12 @@ COSTS = tuple(field.name for field in dataclasses.fields(Reached))
 APART = ("compile", "evaluation", "checkpoint")  # of a clock
 
 
-def points_of(result: Result, outside: float = math.nan) -> list[dict[str, float]]:
+def points_of(result: Result, outside: float | None = None) -> list[dict[str, Any]]:
     """Returns the costs at each evaluation of a run, as JSON values.
 
     Args:
       result: of the run.
-      outside: seconds of its process before the run and after it.
+      outside: seconds of its process before the run and after it; None if unknown.
     """
     size = load_tokenizer(result.folder / "tokenizer").vocabulary_size
     settings = result.cell.settings
@@ -78,7 +78,7 @@ def points_of(result: Result, outside: float = math.nan) -> list[dict[str, float
                 "flops": flops_until(settings, step, size),
                 "training": row["seconds"] - sum(clock.get(name, 0.0) for name in APART),
                 "compiling": clock.get("compile", 0.0),
-                "cold": row["seconds"] + outside,
+                "cold": "nan" if outside is None else row["seconds"] + outside,
             }
         )
     return points

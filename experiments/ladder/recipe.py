@@ -127,11 +127,8 @@ class Recipe:
         """As many parts as come out even in all phases, of `part_rows` rows or more."""
         if self.part_rows is None:
             return 1
-        common = math.gcd(*(phase.batch_size for phase in phases))
-        fits = (
-            n for n in range(common, 0, -1) if common % n == 0 and common // n >= self.part_rows
-        )
-        return next(fits, 1)
+        rows = math.gcd(*(phase.batch_size for phase in phases))
+        return next((n for n in range(rows // self.part_rows, 0, -1) if rows % n == 0), 1)
 
     def _phases(self, tokens: int) -> tuple[Phase, ...]:
         starts = sorted({0.0, *(share for ramp in self.ramps for share, _ in ramp.values)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.attempts import Failures
@@ -164,13 +164,12 @@ def counts(found: Sequence[Chosen]) -> str:
 
 
 def _paces(site: Site, data: str) -> list[str]:
-    found = site.gathered.index.get(f"{data}: pace", {})
-    cells = {name: site.gathered.cells[key]["values"] for name, (key,) in _keys(found)}
-    return ["", *(f"* {name}: {v['ratio']:.2f}x" for name, v in cells.items())] if cells else []
-
-
-def _keys(rows: Mapping[str, Mapping[str, str]]) -> list[tuple[str, list[str]]]:
-    return [(name, list(seeds.values())) for name, seeds in rows.items()]
+    cells = site.gathered.cells
+    lines = [
+        f"* {name}: {cells[seeds[str(SEED)]]['values']['ratio']:.2f}x"
+        for name, seeds in site.gathered.index.get(f"{data}: pace", {}).items()
+    ]
+    return ["", *lines] if lines else []
 
 
 def _listed(site: Site, scale: Scale, chosen: Chosen) -> list[str]:
