@@ -26,7 +26,7 @@ SCHEDULES: Mapping[str, Any] = {"linear": Linear(), "cosine": Cosine(final_fract
 FIRST_MOMENTS = (0.8, 0.9, 0.95)
 SECOND_MOMENTS = (0.95, 0.98, 0.999)
 # Share of the scale's batch, and factors on the rate. At the tuned rate the whole has run.
-BATCHES = ((0.125, (0.5, 1.0)), (0.25, (0.5, 1.0)), (0.5, (0.5, 1.0)), (1.0, (1.0,)))
+BATCHES = (*((share, (0.5, 1.0)) for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2)), (1.0, (1.0,)))
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
 WARMUPS = (0.0, 0.02, 0.05, 0.1, 0.2)
 CLIPS = (0.5, 1.0, 2.0)
@@ -66,8 +66,8 @@ def rates_and_schedules(
 def batches(scale: Scale) -> dict[str, Choices]:
     """Returns the batch sizes of `experiments.ladder.rungs`' own trials, for the baseline.
 
-    An eighth, a quarter and a half of the scale's batch, each at the rate that was chosen and at
-    half of it; and the whole one, which has run.
+    From a sixteenth to a half of the scale's batch, each at the rate that was chosen and at half of
+    it; and the whole one, which has run.
 
     >>> from experiments.ladder.scales import CPU
     >>> list(batches(CPU))[-1]

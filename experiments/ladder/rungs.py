@@ -91,7 +91,7 @@ def _batch(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def _batch_trials(scale: Scale) -> dict[str, Choices]:
-    """An eighth, a quarter and a half of the baseline's batch, each at its rate and at half of it.
+    """From a sixteenth to a half of the baseline's batch, each at its rate and at half of it.
 
     And the whole one; all for as many seconds.
     """
