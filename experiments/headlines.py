@@ -17,7 +17,7 @@ from experiments.bench.shapes import shape_from_json
 from experiments.grid import Measured, Measurement
 from experiments.json_files import read_json
 from experiments.ladder.climb import BASELINES, TORCH, TORCH_TUNED, Site, scale_named, searched
-from experiments.ladder.rows import Ratio, mean_end, names_of, ratio, ratio_in_turn, row_of
+from experiments.ladder.rows import Ratio, mean_end, names_of, row_of, time_ratio
 from experiments.ladder.scales import Scale
 from experiments.tables.markdown import grid
 from experiments.tables.report import read
@@ -44,17 +44,17 @@ def speedrun(path: Path, scale: Scale) -> str:
     shown = {name: body for name, body in bodies.items() if f"{name}, test" not in bodies}
     if not shown:
         return ""
-    head = ["data", "rung", "to the first loss", "steps in turn", "to the tuned loss"]
+    head = ["data", "rung", "to the first loss", "to the tuned loss"]
     rows = [[name, *row] for name, body in shown.items() for row in body]
     return "\n".join(
         [
             "Times less training to the mean final loss of Hugging Face's GPT-2 in torch: under "
             "Adam at a constant 1e-4 (the first), and under AdamW with tuned rate, schedule, betas "
-            "and decay. By the seconds of whole runs, and by tokens at the pace of steps that were "
-            "timed in turn; means over paired seeds ± standard errors. Fewer than "
+            "and decay. Seconds are of tokens at the pace of steps that were timed in turn, where "
+            "they were; means over paired seeds ± standard errors. Fewer than "
             f"{CLAIM} seeds are an exploration and no claim.",
             "",
-            *grid([*head, "steps in turn"], rows, "llrrrr"),
+            *grid(head, rows, "llrr"),
             "",
             f"`python -m experiments.speedrun --scale {scale.name}`: all rungs, targets and "
             f"p-values in [{path.stem}.md](experiments/results/{path.stem}.md).",
@@ -74,8 +74,7 @@ def _ratios(site: Site, name: str, targets: dict[str, float]) -> list[str]:
     cells = []
     for baseline, target in targets.items():
         mine, theirs = (row_of(site, each, target, baseline) for each in (name, baseline))
-        for found in (ratio(mine, theirs), ratio_in_turn(site, mine, theirs)):
-            cells.append("" if found is None else _said(found, mine.seeds))
+        cells.append(_said(time_ratio(site, mine, theirs), mine.seeds))
     return cells
 
 
@@ -87,6 +86,8 @@ def _said(found: Ratio, seeds: Sequence[int]) -> str:
     """
     if not found.pairs:
         return "not reached"
+    if math.isnan(found.mean):
+        return "not timed"
     error = "" if math.isnan(found.error) else f" ± {found.error:.1f}"
     some = f"{found.pairs} of " if found.pairs < len(seeds) else ""
     return f"{found.mean:.1f}x{error}, {some}{len(seeds)} seed{'s' * (len(seeds) > 1)}"

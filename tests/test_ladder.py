@@ -158,10 +158,10 @@ def point(bits, seconds, step=1):
 
 
 def test_the_first_crossing_counts_and_the_fastest_run():
-    run = [point("nan", 1.0), point(3.0, 2.0), point(1.9, 3.0), point(2.2, 4.0)]
+    run = [point("nan", 1.0), point(3.0, 2.0), point(1.9, 3.0, step=3), point(2.2, 4.0, step=4)]
     assert reached(run, 2.0).training == 3.0
     assert reached(run[:2], 2.0) is None
-    quick = [point(2.0, 2.5)]
+    quick = [point(2.0, 2.5, step=2)]
     assert fastest([run, quick], 2.0).training == 2.5
     assert fastest([], 2.0) is None
 

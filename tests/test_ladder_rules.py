@@ -22,6 +22,7 @@ from experiments.ladder.climb import (
     recipe_key,
 )
 from experiments.ladder.command import run_ladder
+from experiments.ladder.pictures import draw
 from experiments.ladder.report import render
 from experiments.ladder.scales import CPU, TINY
 from experiments.ladder.side_by_side import item_of, speed_against, speed_of
@@ -91,14 +92,34 @@ def test_steps_side_by_side_count_for_todays_recipes_alone(tmp_path):
     assert speed_against(site, "muon", "rate") is None
 
 
+BASE = {"token": 1e-3, "compiling": 1.0, "starting": 2.0}
+
+
 def put_speeds(site, speeds):
     for name, ratio in speeds.items():
         item = item_of(site, name)
         recipes = [recipe_key(site.scale, each) for each in (name, TORCH_TUNED)]
-        spread = {"quartiles": [ratio, 1.1 * ratio], "rounds": 9}
-        site.gathered.add(item, {"ratio": ratio, "recipes": recipes, **spread}, {})
+        values = {"quartiles": [ratio, 1.1 * ratio], "rounds": 9, "recipes": recipes}
+        values |= {"compiling": 3.0, "starting": 4.0, "baseline": BASE}
+        site.gathered.add(item, {"ratio": ratio, **values}, {})
         table = site.gathered.index.setdefault(site.table, {})
         table[item.name] = {"0": item.key}
+
+
+def test_a_row_that_was_not_timed_where_others_were_has_no_seconds(tmp_path):
+    path, *_ = run_ladder(ladder(tmp_path, rungs=("rate", "muon"), seeds=2))
+    site = Site(TINY, tmp_path, read(path))
+    text = "\n".join(render(site, path))
+    assert "Seconds are those of the runs" in text
+    assert cells_of(text, "rate", "#### To torch-tuned\n")[1]
+    put_speeds(site, {"muon": 0.5})
+    text = "\n".join(render(site, path))
+    assert "A row without seconds has not been timed." in text
+    assert cells_of(text, "muon", "#### To torch-tuned\n")[1].endswith("x")
+    whole, p, compiled, cold, tokens = cells_of(text, "rate", "#### To torch-tuned\n")[1:]
+    assert (whole, p, compiled, cold) == ("", "", "", "")
+    assert tokens.endswith("x")
+    assert draw(site, tmp_path / "picture.png")
 
 
 def test_what_fails_is_named_at_the_end_and_the_rest_goes_on(tmp_path, no_pictures):
@@ -158,18 +179,25 @@ def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures
         found = {n: rows.row_of(site, n, target, baseline) for n in chosen}
         after = text[text.index(f"{target:.4f} bits per byte") :]
         for name in BASELINES:
-            whole, p, compiled, cold, tokens, turned, _ = cells_of(
-                after, "muon", f"#### To {name}\n"
-            )[1:]
+            whole, p, compiled, cold, tokens = cells_of(after, "muon", f"#### To {name}\n")[1:]
             if (name, baseline) == (TORCH, TORCH_TUNED):  # which never gets there
-                assert all(e.startswith("> ") for e in (whole, compiled, cold, tokens, turned))
+                assert all(e.startswith("> ") for e in (whole, compiled, cold, tokens))
                 continue
             of = lambda what, name=name, found=found: rows.ratio(found["muon"], found[name], what)
-            shown = {"training": whole, "compiled": compiled, "cold": cold, "tokens": tokens}
-            for what, cell in shown.items():
+            for what, cell in {"compiled": compiled, "cold": cold, "tokens": tokens}.items():
                 assert cell == f"{of(what).mean:.2f} ± {of(what).error:.2f}x"
-            assert p == report.p_value(of("training"))
-            assert turned.startswith(f"{of('tokens').mean * 0.5 / speeds[name]:.2f} ± ")
+            assert of("training").mean == pytest.approx(
+                of("tokens").mean * 0.5 / speeds[name], rel=1e-3
+            )
+            # The error of the paces stands in it besides.
+            turned = rows.ratio_in_turn(site, found["muon"], found[name])
+            assert whole == f"{turned.mean:.2f} ± {turned.error:.2f}x"
+            assert turned.error > of("training").error
+            assert p == report.p_value(turned)
+            there = found["muon"].reached[0]
+            seconds = 2e-3 * there.tokens  # the baseline's for a token, at half the pace
+            costs = (there.training, there.compiling, there.cold)
+            assert costs == pytest.approx((seconds, 3.0, 4.0 + seconds))
     both = (
         f"To {TORCH_TUNED}, sec",
         f"To {TORCH}, sec",

@@ -23,13 +23,13 @@ from train.schedules import Cosine, Linear
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
 # The usual end of a cosine is a tenth of the peak, beside linear's zero.
 SCHEDULES: Mapping[str, Any] = {"linear": Linear(), "cosine": Cosine(final_fraction=0.1)}
-FIRST_MOMENTS = (0.8, 0.9, 0.95)
+FIRST_MOMENTS = (0.7, 0.8, 0.9, 0.95)
 SECOND_MOMENTS = (0.95, 0.98, 0.999)
 # Share of the scale's batch, and factors on the rate. At the tuned rate the whole has run.
 BATCHES = (*((share, (0.5, 1.0)) for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2)), (1.0, (1.0,)))
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
 WARMUPS = (0.0, 0.02, 0.05, 0.1, 0.2)
-CLIPS = (0.5, 1.0, 2.0)
+CLIPS = (0.5, 1.0, 2.0, 4.0)
 
 
 def rates_and_schedules(

@@ -25,7 +25,7 @@ from experiments.ladder.climb import (
     searched,
 )
 from experiments.ladder.measure import Reached, reached
-from experiments.ladder.rows import Ratio, mean_end, ratio_of
+from experiments.ladder.rows import Ratio, mean_end, priced, ratio_of
 from experiments.ladder.rungs import RUNGS
 
 Planning = Mapping[tuple[str, int], set[int]]
@@ -141,5 +141,5 @@ def planned_row(site: Site, name: str, baseline: str) -> Planned:
         length = planned(site, name, seed, baseline) if runs else None
         # The last evaluation, whatever it is: the run counts with all that it took.
         if length in runs and (last := reached(runs[length]["points"][-1:], math.inf)):
-            ends[seed] = last
+            ends[seed] = priced(site, name, last)
     return Planned(name, ends)

@@ -146,12 +146,12 @@ def _on_the_line(low: Values, high: Values, tokens: float, target: float) -> Rea
 def fastest(runs: Sequence[Sequence[Values]], target: float, beyond: float = 1.0) -> Reached | None:
     """Returns what a target costs a row: between two of its runs, or else at a first crossing.
 
-    Of several crossings the one with fewest seconds of training counts.
+    Of several crossings the one with fewest tokens counts.
     """
     if found := between(runs, target, beyond):
         return found
     crossings = [each for each in (reached(points, target) for points in runs) if each]
-    return min(crossings, key=lambda each: each.training) if crossings else None
+    return min(crossings, key=lambda each: each.tokens) if crossings else None
 
 
 def last_bits(points: Sequence[Values]) -> float:

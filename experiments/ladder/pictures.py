@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from experiments.ladder.climb import (
 )
 from experiments.ladder.rows import curves_of, mean_end, names_of, row_of
 from experiments.ladder.rungs import RUNGS
+from experiments.ladder.side_by_side import clock_of, timed
 
 
 def draw(site: Site, path: Path) -> bool:
@@ -44,7 +46,9 @@ def _losses(axes: Any, site: Site, names: list[str], target: float) -> None:
     number = 0
     for name in shown:
         points = _shown_run(site, name, target)
-        seconds = [p["training"] for p in points]
+        seconds = [seconds_at(site, name, p) for p in points]
+        if any(map(math.isnan, seconds)):
+            continue  # it has not been timed, and others have
         bits = [float(p["bits"]) for p in points]
         if name in BASELINES:
             dash = ":" if name == TORCH_COMPILED else "--"
@@ -72,6 +76,7 @@ def _shown_run(site: Site, name: str, target: float) -> list[dict[str, Any]]:
 def _bars(axes: Any, site: Site, names: list[str], target: float) -> None:
     kept = {rung.name for rung in RUNGS if rung.kept}
     rows = [row_of(site, name, target, TORCH_TUNED) for name in names]
+    rows = [row for row in rows if not math.isnan(_longest(site, row.name))]
     for place, row in enumerate(rows):
         there = len(row.reached) > 0
         mean, error = row.mean("training") if there else (_longest(site, row.name), math.nan)
@@ -90,8 +95,19 @@ def _bars(axes: Any, site: Site, names: list[str], target: float) -> None:
 def _longest(site: Site, name: str) -> float:
     """Seconds of the longest run of the first seed; 0 where none came to an evaluation."""
     runs = curves_of(site, name)
-    ends = (float(points[-1]["training"]) for points in runs[min(runs)] if points)
+    ends = (seconds_at(site, name, points[-1]) for points in runs[min(runs)] if points)
     return max(ends, default=0.0)
+
+
+def seconds_at(site: Site, name: str, point: Mapping[str, Any]) -> float:
+    """Seconds of training up to an evaluation: at the pace of steps timed in turn, if there is one.
+
+    NaN for a row that was not timed where others were.
+    """
+    if not timed(site):
+        return float(point["training"])
+    clock = clock_of(site, name)
+    return math.nan if clock is None else clock.token * point["tokens"]
 
 
 def _plain(axes: Any) -> None:

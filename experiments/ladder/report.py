@@ -31,14 +31,15 @@ from experiments.ladder.rows import (
     ratio,
     ratio_in_turn,
     row_of,
+    time_ratio,
 )
 from experiments.ladder.rungs import formats_of, rung_named
-from experiments.ladder.side_by_side import speed_against
 from experiments.tables.markdown import grid
 
 SEEDS_TO_KEEP = 3  # what `kept` is decided on
 CLEAR = 0.05  # p: what lies above is no verdict
-RATIOS = ("rung", "seconds", "p", "with compiling", "cold", "tokens", "steps timed in turn", "p")
+RATIOS = ("rung", "seconds", "p", "with compiling", "cold", "tokens")
+RATIOS_OF = ("compiled", "cold", "tokens")
 RANGES = tuple(
     (to, what, said)
     for to in (None, TORCH_TUNED, TORCH)
@@ -124,22 +125,7 @@ def _ratios(site: Site, rows: dict[str, Row], baseline: str) -> list[str]:
 def _compared(site: Site, row: Row, rows: dict[str, Row], to: str) -> list[str]:
     """A row of `RATIOS`."""
     cells = [*_ratio(site, row, rows, to)]
-    cells += [_ratio(site, row, rows, to, what)[0] for what in ("compiled", "cold", "tokens")]
-    return [*cells, *_in_turn(site, row, rows, to)]
-
-
-def _in_turn(site: Site, row: Row, rows: dict[str, Row], to: str) -> tuple[str, str]:
-    """The ratio of tokens, times that of seconds a token that was timed in turn, and its p."""
-    found = ratio_in_turn(site, row, rows[to])
-    if found is None:
-        return "", ""
-    if found.pairs:
-        return f"{_with_error(found, '{:.2f}')}x", p_value(found)
-    speed = speed_against(site, row.name, to)
-    least = at_least(site, row, to, "tokens") if to in BASELINES else math.nan
-    if speed is None or math.isnan(least):
-        return "", ""
-    return f"> {least * speed.ratio:.1f}x", ""
+    return [*cells, *(_ratio(site, row, rows, to, what)[0] for what in RATIOS_OF)]
 
 
 def _ratio(
@@ -148,7 +134,7 @@ def _ratio(
     """A ratio and its p-value; a lower bound where a baseline did not get there."""
     if to is None or to == row.name or to not in rows:
         return "", ""
-    found = ratio(row, rows[to], what)
+    found = time_ratio(site, row, rows[to]) if what == "training" else ratio(row, rows[to], what)
     if found.pairs and not math.isnan(found.mean):
         return f"{_with_error(found, '{:.2f}')}x", p_value(found)
     least = at_least(site, row, to, what) if to in BASELINES else math.nan
@@ -172,6 +158,8 @@ def _times(pair: tuple[float, float], factor: float) -> tuple[float, float]:
 
 def _with_error(pair: Sequence[float], form: str) -> str:
     mean, error = pair[:2]
+    if math.isnan(mean):
+        return ""
     plain = form.replace("+", "")  # an error has no sign
     return form.format(mean) + ("" if math.isnan(error) else f" ± {plain.format(error)}")
 

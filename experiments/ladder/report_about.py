@@ -17,6 +17,7 @@ from experiments.ladder.climb import (
 )
 from experiments.ladder.rungs import RUNGS
 from experiments.ladder.scales import SCALES
+from experiments.ladder.side_by_side import timed
 from experiments.ladder.trials import SEED, Chosen, changes, edges, tuned_on
 from experiments.ladder.tune import counts, on_record, tuning_path
 from experiments.tables.report import read
@@ -41,10 +42,7 @@ def about(site: Site, path: Path) -> list[str]:
         f"at or under it counts, of {scale.evaluations} a run. "
         "Figures are means over seeds ± standard errors; ratios are of paired seeds, above 1 is "
         "faster, p is of a two-sided paired t-test of their logarithms. "
-        "Cold: from the start of the process, imports, compilation, evaluations and checkpoints "
-        "included. Steps timed in turn: the ratio of tokens times that of seconds a token, with "
-        "rung and baseline in turn on the same machine; what is kept is decided by it, since the "
-        "seconds of runs are those of the hour they ran in. " + _split(site),
+        f"{_seconds(site)} {_split(site)}",
         "",
         *_tuned_batch(site),
         *_facts(site),
@@ -52,6 +50,22 @@ def about(site: Site, path: Path) -> list[str]:
         *(f"* {rung.name}: {rung.about}" for rung in RUNGS),
     ]
     return [*lines, "", *_trials(site, path)]
+
+
+def _seconds(site: Site) -> str:
+    if not timed(site):
+        return (
+            "Seconds are those of the runs, of the hour they ran in, and decide nothing: steps "
+            "have not been timed in turn (`--side-by-side`). Cold: from the start of the process, "
+            "imports, compilation, evaluations and checkpoints included."
+        )
+    return (
+        "Seconds are those that the tokens take at the pace of steps that were timed in turn, "
+        "rung and tuned baseline, with nothing else on the machine; the runs that found how many "
+        "tokens a rung needs may have shared it. Compiling: the first step of every phase. "
+        "Cold: from the start of the process, imports and compilation included, without reading "
+        "the data, evaluations and checkpoints. A row without seconds has not been timed."
+    )
 
 
 def _split(site: Site) -> str:

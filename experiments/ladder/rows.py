@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from experiments.ladder.climb import (
 )
 from experiments.ladder.measure import BEYOND, Reached, fastest, last_bits
 from experiments.ladder.rungs import RUNGS, below
-from experiments.ladder.side_by_side import EQUAL, Speed, speed_against
+from experiments.ladder.side_by_side import EQUAL, Speed, clock_of, speed_against, timed
 
 Curves = Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]
 """seed -> the runs of a row, of several lengths, each as its evaluations."""
@@ -103,12 +104,29 @@ def row_of(site: Site, name: str, target: float, end_of: str | None = None) -> R
             longest = runs[-1]
             there = fastest([longest], last_bits(longest))
         if there is not None:
-            found[seed] = there
+            found[seed] = priced(site, name, there)
     peaks = [
         values["peak_bytes"] for seed in curves for values in lengths_of(site, name, seed).values()
     ]
     ends = {seed: last_bits(runs[-1]) for seed, runs in curves.items()}
     return Row(name, found, tuple(curves), ends, max(peaks, default=math.nan))
+
+
+def priced(site: Site, name: str, found: Reached) -> Reached:
+    """Returns costs with the seconds that their tokens take by the steps timed in turn.
+
+    The seconds of runs stand where nothing of the data set has been timed; a row that is missing
+    among those that have been has none (NaN).
+    """
+    if not timed(site):
+        return found
+    clock = clock_of(site, name)
+    if clock is None:
+        return dataclasses.replace(found, training=math.nan, compiling=math.nan, cold=math.nan)
+    training = clock.token * found.tokens
+    return dataclasses.replace(
+        found, training=training, compiling=clock.compiling, cold=clock.starting + training
+    )
 
 
 class Ratio(NamedTuple):
@@ -184,6 +202,15 @@ def ratio_in_turn(site: Site, of: Row, to: Row) -> Ratio | None:
     return None if speed is None else ratio_of(_pairs(of, to, "tokens"), speed)
 
 
+def time_ratio(site: Site, of: Row, to: Row) -> Ratio:
+    """Returns the ratio of seconds of training: in turn where both were timed so, or of the runs.
+
+    A row that has no seconds, since others were timed and it was not, has no ratio either (NaN).
+    """
+    found = ratio_in_turn(site, of, to)
+    return ratio(of, to) if found is None else found
+
+
 def at_least(site: Site, of: Row, baseline: str, what: str = "training") -> float:
     """Returns the ratio to all of a baseline that did not reach the target: at least so many times.
 
@@ -194,6 +221,7 @@ def at_least(site: Site, of: Row, baseline: str, what: str = "training") -> floa
         if seed in of.reached:
             whole = fastest([runs[-1]], last_bits(runs[-1]))
             if whole is not None:
+                whole = priced(site, baseline, whole)
                 found.append(cost(whole, what) / cost(of.reached[seed], what))
     return mean_and_error(found)[0]
 

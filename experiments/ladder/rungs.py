@@ -135,8 +135,8 @@ def _muon(recipe: Recipe, scale: Scale) -> Recipe:
 def _muon_trials(scale: Scale) -> dict[str, Choices]:
     muon = scale.choices.muon
     found = {}
-    for rate in (0.01, 0.02, 0.04, 0.08):
-        for share in (0.2, 0.4):
+    for rate in (0.005, 0.01, 0.02, 0.04):
+        for share in (0.2, 0.4, 0.8):
             changed = dataclasses.replace(muon, learning_rate=rate, adam_learning_rate=share * rate)
             choices = dataclasses.replace(scale.choices, muon=changed)
             found[f"rate {rate:g}, AdamW's {share * rate:g}"] = choices

@@ -2,12 +2,16 @@
 
 Seconds of whole runs are those of the hour they ran in. Here the step of each rung and that of the
 tuned baseline take turns, each in a process of its own, and their ratio is the median over rounds.
+From them the seconds of a rung are those of its tokens, so that runs may share the machine.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from experiments.grid import Measurement
 from experiments.ladder.climb import (
@@ -18,7 +22,7 @@ from experiments.ladder.climb import (
     recipe_key,
 )
 from experiments.ladder.scales import Scale
-from experiments.ladder.turns import ROUNDS, TOKENS, Turn, settings_of, take_turns
+from experiments.ladder.turns import ROUNDS, TOKENS, Taken, Turn, settings_of, take_turns
 from experiments.machine import machine
 from experiments.tables.ratios import paired
 
@@ -36,6 +40,20 @@ class Speed(NamedTuple):
 
 
 EQUAL = Speed(1.0, 0.0)
+
+
+class Clock(NamedTuple):
+    """What a row takes on a machine that does nothing else.
+
+    Attributes:
+      token: seconds of training for one.
+      compiling: seconds of the first step, summed over phases.
+      starting: seconds from the start of the process until all is compiled.
+    """
+
+    token: float
+    compiling: float
+    starting: float
 
 
 def item_of(site: Site, name: str) -> Measurement:
@@ -88,6 +106,45 @@ def speed_against(site: Site, name: str, other: str) -> Speed | None:
     return Speed(mine.ratio / theirs.ratio, math.hypot(mine.error, theirs.error))
 
 
+def timed(site: Site) -> bool:
+    """Whether any steps of the data set have been timed in turn."""
+    return bool(_items(site))
+
+
+def clock_of(site: Site, name: str) -> Clock | None:
+    """Returns what a row takes by the steps timed in turn.
+
+    The tuned baseline's figures are medians over all measurements that it took part in, and a
+    rung's seconds for a token are those divided by its ratio.
+
+    None if its steps have not been timed, or were for other recipes than today's.
+    """
+    speed = EQUAL if name == TORCH_TUNED else speed_of(site, name)
+    base = [values["baseline"] for values in _items(site).values()]
+    if speed is None or not base:
+        return None
+    token, compiling, starting = (
+        float(np.median([each[what] for each in base]))
+        for what in ("token", "compiling", "starting")
+    )
+    if name != TORCH_TUNED:
+        own = _items(site)[f"side by side, {name}"]
+        compiling, starting = own["compiling"], own["starting"]
+    return Clock(token / speed.ratio, compiling, starting)
+
+
+def _items(site: Site) -> dict[str, Mapping[str, Any]]:
+    """All that was timed of the data set against today's tuned baseline, by title."""
+    today = recipe_key(site.scale, TORCH_TUNED)
+    found = {}
+    for title, seeds in site.gathered.index.get(_table(site), {}).items():
+        cell = site.gathered.cells.get(seeds.get("0", ""))
+        values: Mapping[str, Any] = {} if cell is None else cell["values"]
+        if title.startswith("side by side, ") and values.get("recipes", [])[1:] == [today]:
+            found[title] = values
+    return found
+
+
 def _recipes(scale: Scale, name: str) -> list[str]:
     return [recipe_key(scale, each) for each in (name, TORCH_TUNED)]
 
@@ -102,12 +159,14 @@ def _measured(site: Site, name: str) -> dict[str, Any]:
     phases = settings_of(job).phases
     tokens = [phase.steps * phase.batch_size * phase.sequence_length for phase in phases]
     found: list[list[float]] = []  # phase -> ratio and its quartiles
-    base: list[float] = []
+    mine: list[Taken] = []
+    theirs: list[Taken] = []
     for index in range(len(phases)):
-        seconds = take_turns({"rung": Turn(job, index), TORCH_TUNED: Turn(other)})
-        one = paired(seconds[TORCH_TUNED], seconds["rung"])
+        taken = take_turns({"rung": Turn(job, index), TORCH_TUNED: Turn(other)})
+        mine.append(taken["rung"])
+        theirs.append(taken[TORCH_TUNED])
+        one = paired(theirs[-1].seconds, mine[-1].seconds)
         found.append([one["ratio"], *one["quartiles"]])
-        base += seconds[TORCH_TUNED]
     # Of a token of the run: each phase's share of the tokens takes 1 / ratio of the baseline's.
     shares = [count / sum(tokens) for count in tokens]
     ratio, low, high = (
@@ -120,5 +179,11 @@ def _measured(site: Site, name: str) -> dict[str, Any]:
         "rounds": ROUNDS,
         "phases": found,
         "tokens": tokens,
-        "seconds a token": base,
+        "compiling": sum(each.compiling for each in mine),
+        "starting": mine[0].starting + sum(each.compiling for each in mine[1:]),
+        "baseline": {
+            "token": float(np.median([second for each in theirs for second in each.seconds])),
+            "compiling": theirs[0].compiling,
+            "starting": theirs[0].starting,
+        },
     }

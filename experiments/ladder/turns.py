@@ -31,29 +31,47 @@ class Turn(NamedTuple):
     phase: int = 0
 
 
-def take_turns(turns: Mapping[str, Turn], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Returns the seconds that each side took for a token, in every round.
+class Taken(NamedTuple):
+    """What a side took.
+
+    Attributes:
+      seconds: for a token, in every round.
+      compiling: seconds of the first step.
+      starting: seconds from the start of the process to the end of its second step.
+    """
+
+    seconds: list[float]
+    compiling: float
+    starting: float
+
+
+def take_turns(turns: Mapping[str, Turn], rounds: int = ROUNDS) -> dict[str, Taken]:
+    """Returns what each side took.
 
     Args:
       turns: side -> whose steps.
       rounds: how many.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    found: dict[str, Taken] = {}
+    sides: dict[str, Side] = {}
     with contextlib.ExitStack() as stack:
-        sides = {name: stack.enter_context(_side(turn)) for name, turn in turns.items()}
+        for name, turn in turns.items():  # one is up before the next one starts
+            side = sides[name] = stack.enter_context(_side(turn))
+            starting = time.perf_counter() - side.started
+            found[name] = Taken([], side.facts["compiling"], starting)
         steps = {name: max(1, TOKENS // side.facts["tokens"]) for name, side in sides.items()}
         for round_ in range(rounds):
             for name in order(list(sides), round_):
                 time.sleep(REST)
                 taken = sides[name].ask("time", steps=steps[name])
-                seconds[name].append(taken / (steps[name] * sides[name].facts["tokens"]))
-    return seconds
+                found[name].seconds.append(taken / (steps[name] * sides[name].facts["tokens"]))
+    return found
 
 
 def pace(job: Job, to: Job) -> float:
     """Returns how many times as many tokens a cell learns from in a second as another one."""
-    seconds = take_turns({"job": Turn(job), "to": Turn(to)})
-    return float(paired(seconds["to"], seconds["job"])["ratio"])
+    taken = take_turns({"job": Turn(job), "to": Turn(to)})
+    return float(paired(taken["to"].seconds, taken["job"].seconds)["ratio"])
 
 
 def settings_of(job: Job) -> Settings:
