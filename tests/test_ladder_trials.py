@@ -113,7 +113,7 @@ def test_a_trial_of_the_baseline_is_the_ladders_baseline_with_other_choices():
 def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     command = tuned(tmp_path)
     path, text = run_ladder(command)
-    assert len(command.run.ran) == 76
+    assert len(command.run.ran) == 82
     found = chain(read(path), TINY)
     after = found[-1].after
     for name, value in BEST["torch"].items():
@@ -123,7 +123,7 @@ def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     assert (after.muon.learning_rate, after.muon.adam_learning_rate) == (0.02, BEST["adam"])
     assert (after.embedding_rate, after.head_rate) == (4.0, 1.0)
     content = text.read_text()
-    assert "38 of the tuned torch baseline, 38 of ours" in content
+    assert "41 of the tuned torch baseline, 41 of ours" in content
     printed = capsys.readouterr().out
     for lines in (content, printed):
         assert "betas: AT AN EDGE of the grid: torch_adamw.b1 0.7 is the lowest" in lines
@@ -144,7 +144,7 @@ def test_the_ladder_takes_the_choices_of_the_trials_and_prints_both_grids(tmp_pa
     command = ladder(tmp_path, rungs=("rate",), tuned=True)
     assert scale_of(command).choices.torch_adamw.b1 == 0.7
     text = run_ladder(command)[1].read_text()
-    assert "38 of the tuned torch baseline, 38 of ours" in text
+    assert "41 of the tuned torch baseline, 41 of ours" in text
     for group in groups():
         line = next(x for x in text.splitlines() if x.startswith(f"* {group.name} ("))
         assert line.count(";") == len(group.trials(TINY)) - 1

@@ -3,11 +3,11 @@
     python -m experiments.speedrun --scale cpu --tune torch-tuned
 
 First every rate with every schedule; with the best of them the batch sizes that our own recipe is
-given, at that rate and at half of it, for as many seconds; then every pair of betas, and every
-weight decay; last the warmup and the norm that gradients are clipped to. The budget is that of the
-baseline, fixed beforehand. Choices are made by the last loss on the validation split; the test
-split is never opened. The trials lie in experiments/results/speedrun-tuning-SCALE.json, and the
-grids in the Markdown beside it.
+given, at that rate and at half of it, for as many seconds; then every pair of betas, every weight
+decay, the warmup and the norm that gradients are clipped to; last the rate once more, a little
+lower and higher, with all of these. The budget is that of the baseline, fixed beforehand. Choices
+are made by the last loss on the validation split; the test split is never opened. The trials lie in
+experiments/results/speedrun-tuning-SCALE.json, and the grids in the Markdown beside it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ SECOND_MOMENTS = (0.95, 0.98, 0.999)
 # Share of the scale's batch, and factors on the rate. At the tuned rate the whole has run.
 BATCHES = (*((share, (0.5, 1.0)) for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2)), (1.0, (1.0,)))
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
-WARMUPS = (0.0, 0.02, 0.05, 0.1, 0.2)
+WARMUPS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
 CLIPS = (0.5, 1.0, 2.0, 4.0)
+AGAIN = (0.7, 1.0, 1.4)  # times the rate that was chosen first
 
 
 def rates_and_schedules(
@@ -115,6 +116,12 @@ def warmups(scale: Scale) -> dict[str, Choices]:
 def clips(scale: Scale) -> dict[str, Choices]:
     """Returns every norm that gradients may be clipped to, with all that was chosen before."""
     return {f"clip {norm:g}": _changed(scale, clip_norm=norm) for norm in CLIPS}
+
+
+def rates_again(scale: Scale) -> dict[str, Choices]:
+    """Returns rates around the chosen one, with all that was chosen after it."""
+    rate = scale.choices.torch_adamw.learning_rate
+    return {f"rate x{times:g}": _changed(scale, learning_rate=times * rate) for times in AGAIN}
 
 
 def _changed(scale: Scale, **fields: Any) -> Choices:

@@ -124,7 +124,7 @@ def _block(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def _block_trials(scale: Scale) -> dict[str, Choices]:
-    rates = [scale.choices.rows_rate * times for times in (0.5, 1.0, 2.0)]
+    rates = [scale.choices.rows_rate * times for times in (0.25, 0.5, 1.0, 2.0)]
     return {f"rate {rate:g}": dataclasses.replace(scale.choices, block_rate=rate) for rate in rates}
 
 
@@ -155,9 +155,9 @@ def _muon_rows(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def _muon_rows_trials(scale: Scale) -> dict[str, Choices]:
-    """Once, twice and four times AdamW's batch, at Muon's rates; larger ones at higher ones too."""
+    """Once to eight times AdamW's batch, at Muon's rates; larger ones at higher ones too."""
     found = {}
-    for times, factors in ((1, (1.0,)), (2, (1.0, 1.4)), (4, (1.0, 1.4, 2.0))):
+    for times, factors in ((1, (1.0,)), (2, (1.0, 1.4)), (4, (1.0, 1.4, 2.0)), (8, (1.4, 2.0))):
         rows = times * scale.choices.rows
         for factor in factors:
             choices = dataclasses.replace(scale.choices, muon_rows=rows, muon_factor=factor)

@@ -66,6 +66,7 @@ def groups() -> tuple[Group, ...]:
         Group("torch-tuned, decay", TORCH_TUNED, tune.decays),
         Group("torch-tuned, warmup", TORCH_TUNED, tune.warmups),
         Group("torch-tuned, clipping", TORCH_TUNED, tune.clips),
+        Group("torch-tuned, rate again", TORCH_TUNED, tune.rates_again),
     )
     ours = (
         Group(r.name, r.name, r.trials, r.trial_share, r.with_rows)
