@@ -113,7 +113,7 @@ def test_a_trial_of_the_baseline_is_the_ladders_baseline_with_other_choices():
 def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     command = tuned(tmp_path)
     path, text = run_ladder(command)
-    assert len(command.run.ran) == 82
+    assert len(command.run.ran) == 88
     found = chain(read(path), TINY)
     after = found[-1].after
     for name, value in BEST["torch"].items():
@@ -123,7 +123,7 @@ def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     assert (after.muon.learning_rate, after.muon.adam_learning_rate) == (0.02, BEST["adam"])
     assert (after.embedding_rate, after.head_rate) == (4.0, 1.0)
     content = text.read_text()
-    assert "41 of the tuned torch baseline, 41 of ours" in content
+    assert "44 of the tuned torch baseline, 44 of ours" in content
     printed = capsys.readouterr().out
     for lines in (content, printed):
         assert "betas: AT AN EDGE of the grid: torch_adamw.b1 0.7 is the lowest" in lines
@@ -144,7 +144,7 @@ def test_the_ladder_takes_the_choices_of_the_trials_and_prints_both_grids(tmp_pa
     command = ladder(tmp_path, rungs=("rate",), tuned=True)
     assert scale_of(command).choices.torch_adamw.b1 == 0.7
     text = run_ladder(command)[1].read_text()
-    assert "41 of the tuned torch baseline, 41 of ours" in text
+    assert "44 of the tuned torch baseline, 44 of ours" in text
     for group in groups():
         line = next(x for x in text.splitlines() if x.startswith(f"* {group.name} ("))
         assert line.count(";") == len(group.trials(TINY)) - 1
@@ -203,11 +203,11 @@ def test_a_group_that_is_not_whole_chooses_nothing(tmp_path):
     command = dataclasses.replace(command, run=Counting(("rate 0.02",), bowl))
     with pytest.raises(ValueError, match=r"3 failed, .*the trial rate 0\.02, AdamW's 0\.008 of mu"):
         run_ladder(command)
-    assert len(command.run.ran) == 12  # the others ran
+    assert len(command.run.ran) == 15  # the others ran
     path = tmp_path / "results" / "speedrun-tuning-tiny.json"
     (group,) = groups_named(["muon"])
     found = read_group(read(path), TINY, group)
-    assert (found.best, found.after, len(found.bits)) == (None, TINY.choices, 9)
+    assert (found.best, found.after, len(found.bits)) == (None, TINY.choices, 12)
     assert "nothing is chosen, 3 of its trials are missing" in path.with_suffix(".md").read_text()
 
 
@@ -223,7 +223,7 @@ def test_trials_of_the_past_are_no_longer_listed(tmp_path):
     # A trial of another recipe below counts no more, though its title is the same.
     other = TINY.at(choices=dataclasses.replace(TINY.choices, rows=8))
     assert read_group(read(path), other, group).bits == {}
-    assert len(read_group(read(path), TINY, group).bits) == 12
+    assert len(read_group(read(path), TINY, group).bits) == 15
 
 
 def test_trials_are_listed_best_first_and_those_that_diverged_last(tmp_path):

@@ -28,9 +28,9 @@ SECOND_MOMENTS = (0.95, 0.98, 0.999)
 # Share of the scale's batch, and factors on the rate. At the tuned rate the whole has run.
 BATCHES = (*((share, (0.5, 1.0)) for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2)), (1.0, (1.0,)))
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
-WARMUPS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
-CLIPS = (0.5, 1.0, 2.0, 4.0)
-AGAIN = (0.7, 1.0, 1.4)  # times the rate that was chosen first
+WARMUPS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
+CLIPS = (0.25, 0.5, 1.0, 2.0, 4.0)
+AGAIN = (0.5, 0.7, 1.0, 1.4)  # times the rate that was chosen first
 
 
 def rates_and_schedules(

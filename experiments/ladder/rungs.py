@@ -135,11 +135,11 @@ def _muon(recipe: Recipe, scale: Scale) -> Recipe:
 def _muon_trials(scale: Scale) -> dict[str, Choices]:
     muon = scale.choices.muon
     found = {}
-    for rate in (0.005, 0.01, 0.02, 0.04):
-        for share in (0.2, 0.4, 0.8):
-            changed = dataclasses.replace(muon, learning_rate=rate, adam_learning_rate=share * rate)
+    for rate in (0.0025, 0.005, 0.01, 0.02, 0.04):
+        for adam in (0.004, 0.008, 0.016):
+            changed = dataclasses.replace(muon, learning_rate=rate, adam_learning_rate=adam)
             choices = dataclasses.replace(scale.choices, muon=changed)
-            found[f"rate {rate:g}, AdamW's {share * rate:g}"] = choices
+            found[f"rate {rate:g}, AdamW's {adam:g}"] = choices
     return found
 
 

@@ -118,7 +118,7 @@ class Scale:
 
 
 # 1.1 M parameters and 1.2 million tokens, so that either baseline takes under two minutes on two
-# cores. Rates are of the first trials at the demo's size and stand until `--tune all` has run.
+# cores. Choices are those of experiments/results/speedrun-tuning-cpu.json.
 CPU = Scale(
     name="cpu",
     data=("stdlib",),
@@ -128,6 +128,17 @@ CPU = Scale(
     tokenizer="sentencepiece:2048",
     tokens=16 * 128 * 600,
     target_seeds=5,
+    choices=Choices(
+        torch_adamw=AdamW(learning_rate=3e-3, clip_norm=0.5, b1=0.8, b2=0.999),
+        torch_rows=4,
+        torch_warmup=0.3,
+        rows=4,
+        block_rate=2e-3,
+        muon=Muon(learning_rate=5e-3, adam_learning_rate=8e-3),
+        muon_rows=8,
+        muon_factor=1.4,
+        head_rate=1.0,
+    ),
 )
 
 # GPT-2 124M, batches of 32 x 1,024 tokens, 1,000 steps of them: 33 million tokens, which an H100 or
