@@ -27,6 +27,7 @@ the lengths that suited the validation split, on which all else is measured.
     python -m experiments.speedrun --scale cpu --tuned             # the ladder with what they chose
     python -m experiments.speedrun --scale cpu --sizes             # rungs at four sizes, and a fit
     python -m experiments.speedrun --scale cpu --side-by-side      # steps alone, in turn
+    python -m experiments.speedrun --scale cpu --sizes --side-by-side
 
 What is kept is decided by the last of these together with the ladder, three seeds at least: how
 many tokens a rung needs, at the pace of steps that took turns on one machine.

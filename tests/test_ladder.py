@@ -10,7 +10,7 @@ import pytest
 from experiments.baselines.cells import BaselineCell
 from experiments.grid import Cell
 from experiments.ladder import command as ladder_command
-from experiments.ladder import rows, rungs
+from experiments.ladder import rows, rungs, side_by_side
 from experiments.ladder.child import job_from_json, job_to_json, run_here
 from experiments.ladder.climb import (
     BASELINES,
@@ -26,9 +26,10 @@ from experiments.ladder.command import run_ladder
 from experiments.ladder.measure import between, fastest, reached
 from experiments.ladder.recipe import Ramp, Recipe
 from experiments.ladder.rungs import RUNGS, below, formats_of, recipe_of
-from experiments.ladder.scales import CPU, GPU, SCALES, TINY
+from experiments.ladder.scales import CPU, GPU, SCALES, TINY, Choices
 from experiments.ladder.side_by_side import Speed
 from experiments.ladder.sizes import line, scales_of
+from experiments.ladder.turns import Taken
 from experiments.speedrun import Speedrun, check_demo, ladder_of
 from experiments.tables.gathered import Gathered
 from experiments.tables.report import read
@@ -119,7 +120,8 @@ def test_the_baselines_and_their_counterparts_learn_alike():
     assert recipe_for(CPU, "jax").settings(data, CPU.tokens, 0) == mission
     assert mission.steps == CPU.steps
     assert (mission.optimizer, mission.phases[0].model.dropout) == (Adam(learning_rate=1e-4), 0.1)
-    tuned = recipe_for(CPU, TORCH_TUNED).settings(data, CPU.tokens, 0)
+    plain = CPU.at(choices=Choices())  # with the batch of the scale
+    tuned = recipe_for(plain, TORCH_TUNED).settings(data, CPU.tokens, 0)
     assert tuned.phases[0] == dataclasses.replace(
         mission.phases[0], model=dataclasses.replace(CPU.model, dropout=0.0)
     )
@@ -298,6 +300,26 @@ def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
         run_ladder(ladder(tmp_path, sizes=True, rungs=("jax",)))
 
 
+def test_ratios_at_sizes_are_of_tokens_at_the_pace_of_steps_timed_in_turn(tmp_path, monkeypatch):
+    command = ladder(tmp_path, sizes=True, rungs=("muon",))
+    before = cells_of(run_ladder(command)[1].read_text(), "muon, to rate")
+    seconds = {"rate": 1e-3, "muon": 2e-3}
+
+    def turns(sides):
+        name = sides["rung"].job.name.partition(",")[0]
+        return {"rung": Taken([seconds[name]] * 9, 1, 2), TORCH_TUNED: Taken([1e-3] * 9, 1, 2)}
+
+    monkeypatch.setattr(side_by_side, "take_turns", turns)
+    timed = dataclasses.replace(command, side_by_side=True)
+    after = cells_of(run_ladder(timed)[1].read_text(), "muon, to rate")
+    # A step of the made-up runs takes as long whatever its batch.
+    rows = TINY.choices.rows / TINY.rows
+    for old, new in zip(before[1:5], after[1:5], strict=True):
+        assert float(new[:-1]) == pytest.approx(float(old[:-1]) / 2 / rows, rel=0.03)
+    with pytest.raises(ValueError, match="jax lies below rate"):
+        run_ladder(dataclasses.replace(timed, rungs=("jax",)))
+
+
 def test_a_line_through_points_and_its_error():
     rng = np.random.default_rng(0)
     xs = rng.normal(size=20)
@@ -333,7 +355,7 @@ def test_sizes_cover_what_was_asked_for():
         ({"rungs": ("muons",)}, "no rung is called 'muons'"),
         ({"seeds": 0}, "give at least 1"),
         ({"scale": "gpu"}, "has no data of its own"),
-        ({"tune": ("muon",), "sizes": True}, "three commands"),
+        ({"tune": ("muon",), "sizes": True}, "a command of its own"),
         ({"tune": ("softcap",)}, "softcap has nothing to tune; there are trials for torch-tuned"),
         ({"held_out": "test", "sizes": True}, "never see the test split"),
         ({"held_out": "test"}, "opened for rungs that are named"),

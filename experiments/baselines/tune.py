@@ -72,7 +72,7 @@ def batches(scale: Scale) -> dict[str, Choices]:
 
     >>> from experiments.ladder.scales import CPU
     >>> list(batches(CPU))[-1]
-    '16 rows, rate 0.004'
+    '16 rows, rate 0.003'
     """
     rate = scale.choices.torch_adamw.learning_rate
     found = {}

@@ -53,7 +53,8 @@ class Ladder:
       tuned: take the choices of the trials on record in place of those that stand.
       tune: rungs, or "all", whose trials are run in place of the ladder.
       sizes: measure at four sizes in place of the ladder.
-      side_by_side: time steps of rungs and tuned baseline in turn, in place of running them.
+      side_by_side: time steps of rungs and tuned baseline in turn, in place of running them; at
+        four sizes together with `sizes`.
       fresh: forget what is gathered of this data.
       results: where it is kept.
       run: runs a cell.
@@ -85,7 +86,7 @@ def run_ladder(command: Ladder) -> list[Path]:
       ValueError: an unknown rung, no seed, no data; or, at the end, what failed while the rest
         went on.
     """
-    from experiments.ladder.sizes import run_sizes
+    from experiments.ladder.sizes import run_sizes, time_sizes
 
     scale = scale_of(command)
     for name in command.rungs:
@@ -93,8 +94,8 @@ def run_ladder(command: Ladder) -> list[Path]:
             rung_named(name)
     if command.seeds < 1:
         raise ValueError(f"{command.seeds} seeds are none; give at least 1")
-    if bool(command.tune) + command.sizes + command.side_by_side > 1:
-        raise ValueError("--tune, --sizes and --side-by-side are three commands; give one of them")
+    if command.tune and (command.sizes or command.side_by_side):
+        raise ValueError("--tune is a command of its own; give it without --sizes, --side-by-side")
     if command.held_out == "test" and (command.tune or command.sizes or command.side_by_side):
         raise ValueError(
             "--held-out test is for the ladder alone: trials and sizes never see the test split, "
@@ -117,6 +118,8 @@ def run_ladder(command: Ladder) -> list[Path]:
         _forget(site)
     if command.tune:
         written = run_tuning(site, command.tune, path, failures)
+    elif command.sizes and command.side_by_side:
+        written = time_sizes(site, command.rungs, path, failures)
     elif command.sizes:
         written = run_sizes(site, command.rungs, command.seeds, path, failures)
     else:

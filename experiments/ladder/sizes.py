@@ -3,11 +3,11 @@
 At each size the ladder is climbed from `rate`, our GPT-2 block under tuned AdamW, whose loss at the
 end of its budget is the target: 0.3 of the scale's budget at the smallest, more with the root of
 the parameters. Rates of AdamW go down with the width, as muP has it for kernels; those of Muon hold
-as they are. The ratio of a rung is that of its seconds of training to those of the next one below
-that was run, and that of the whole recipe to `rate`; its logarithm is fitted as a line over the
-logarithm of the parameters (embeddings included), and the range is two standard errors of a new
-point to either side. A ratio measured at 124 M (`--scale gpu`) stands beside what the line says,
-once there is one.
+as they are. The ratio of a rung is that of its seconds of training (`--sizes --side-by-side` times
+the steps in turn, as for the ladder) to those of the next one below that was run, and that of the
+whole recipe to `rate`; its logarithm is fitted as a line over the logarithm of the parameters
+(embeddings included), and the range is two standard errors of a new point to either side. A ratio
+measured at 124 M (`--scale gpu`) stands beside what the line says, once there is one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from experiments.ladder.climb import Site, climb, scale_named, target_of
 from experiments.ladder.rows import curves_of, mean_end, ratio, row_of
 from experiments.ladder.rungs import RUNGS, below, recipe_of, rung_named
 from experiments.ladder.scales import SCALES, Scale
+from experiments.ladder.side_by_side import measure
 from experiments.tables.gathered import Gathered
 from experiments.tables.markdown import grid
 from experiments.tables.report import read
@@ -133,11 +134,8 @@ def run_sizes(
     Raises:
       ValueError: a rung below the first that is measured.
     """
-    order = [rung.name for rung in RUNGS]
-    chosen = names or tuple(rung.name for rung in RUNGS if rung.kept)
-    if names and (low := [n for n in names if order.index(n) < order.index(FROM)]):
-        raise ValueError(f"{low[0]} lies below {FROM}, from which the sizes are measured")
-    chosen = tuple(name for name in order[order.index(FROM) + 1 :] if name in chosen)
+    named = names or tuple(rung.name for rung in RUNGS if rung.kept and below(rung.name))
+    chosen = tuple(name for name in _above(named) if name in named)
     try:
         for label, scale in scales_of(site.scale).items():
             small = dataclasses.replace(site, scale=scale)
@@ -156,6 +154,39 @@ def run_sizes(
     return written
 
 
+def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failures) -> list[Path]:
+    """Times steps in turn at every size, and returns the files written.
+
+    Args:
+      site: where; the scale to be resized.
+      names: rungs; the first and all that are kept if empty.
+      path: of the JSON.
+      failures: takes in rungs that failed; others go on.
+    """
+    chosen = names or tuple(rung.name for rung in RUNGS if rung.kept and below(rung.name))
+    chosen = (FROM, *(name for name in _above(chosen) if name in chosen))
+    for label, scale in scales_of(site.scale).items():
+        small = dataclasses.replace(site, scale=scale)
+        for name in chosen:
+            with failures.passed_over(f"side by side, {name} at {label}"):
+                measure(small, name)
+    written = write_sizes(site, path)
+    print(f"\nwritten: {', '.join(map(str, written))}")
+    return written
+
+
+def _above(names: tuple[str, ...]) -> list[str]:
+    """All rungs above the first that is measured.
+
+    Raises:
+      ValueError: one of the names lies below it.
+    """
+    order = [rung.name for rung in RUNGS]
+    if low := [n for n in names if n in order[: order.index(FROM)]]:
+        raise ValueError(f"{low[0]} lies below {FROM}, from which the sizes are measured")
+    return order[order.index(FROM) + 1 :]
+
+
 def ratios_of(site: Site, scale: Scale, name: str, to: str | None = None) -> list[float]:
     """Returns seconds of another rung over those of a rung, a figure a seed.
 
@@ -172,7 +203,8 @@ def ratios_of(site: Site, scale: Scale, name: str, to: str | None = None) -> lis
         return []
     rows = [row_of(small, each, target, FROM) for each in (name, under)]
     seeds = sorted(set(rows[0].reached) & set(rows[1].reached))
-    return [rows[1].reached[s].training / rows[0].reached[s].training for s in seeds]
+    found = [rows[1].reached[s].training / rows[0].reached[s].training for s in seeds]
+    return [each for each in found if not math.isnan(each)]  # of a row that was not timed
 
 
 def _measured_below(site: Site, name: str) -> str | None:
