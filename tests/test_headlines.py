@@ -32,7 +32,7 @@ def test_the_blocks_are_empty_before_anything_is_measured(tmp_path, monkeypatch)
 
 def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder_command, "draw", lambda site, path: False)
-    path = run_ladder(ladder(tmp_path, rungs=("jax", "muon", "momentum"), seeds=2))[0]
+    path = run_ladder(ladder(tmp_path, rungs=("jax", "muon", "momentum"), seeds=5))[0]
     gathered = read(path)
     (table,) = gathered.index
     site = Site(scale_named(TINY, table), tmp_path, gathered)
@@ -45,7 +45,7 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
     gathered.index[table][item.name] = {"0": item.key}
     before = speedrun(path, TINY)
     write_data(path, gathered)
-    assert rows_of(before)[1][3].endswith(", 2 seeds")  # by the runs' own seconds
+    assert rows_of(before)[1][3].endswith("5 seeds")  # by the runs' own seconds
 
     text = speedrun(path, TINY)
     body = rows_of(text)[1:]
@@ -56,13 +56,19 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
         two = [row_of(site, each, target, TORCH_TUNED) for each in (name, TORCH_TUNED)]
         half = f"{ratio(*two, 'tokens').mean / 2:.1f}x"  # at half the tokens a second
         assert tuned.startswith(half) if name == "muon" else tuned == "not timed"
-    assert len(two[0].reached) == 2
+    assert len(two[0].reached) == 5
     assert "[speedrun-tiny.md](experiments/results/speedrun-tiny.md)" in text
 
-    run_ladder(ladder(tmp_path, rungs=("muon",), seeds=1, held_out="test"))
+    run_ladder(ladder(tmp_path, rungs=("muon",), seeds=5, held_out="test"))
     body = rows_of(speedrun(path, TINY))[1:]
     assert [row[:2] for row in body] == [[f"{table}, test", "muon"]]
-    assert body[0][3].endswith(", 1 seed") or body[0][3] == "not reached"
+    assert body[0][3].endswith("5 seeds") or body[0][3] == "not reached"
+
+
+def test_rows_of_few_seeds_are_no_headlines(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder_command, "draw", lambda site, path: False)
+    path = run_ladder(ladder(tmp_path, rungs=("jax",), seeds=4))[0]
+    assert speedrun(path, TINY) == ""
 
 
 def measured(settings, values):

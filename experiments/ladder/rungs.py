@@ -75,10 +75,17 @@ def _rate(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def _rate_trials(scale: Scale) -> dict[str, Choices]:
-    adamw = scale.choices.adamw
+    """Rates, with the betas, decay, clipping and warmup that were found for the baseline.
+
+    It is the same model under the same optimizer; without them the rungs up to Muon would stand
+    below a baseline that has them.
+    """
+    chosen = scale.choices
     return {
         f"rate {rate:g}": dataclasses.replace(
-            scale.choices, adamw=dataclasses.replace(adamw, learning_rate=rate)
+            chosen,
+            adamw=dataclasses.replace(chosen.torch_adamw, learning_rate=rate),
+            adamw_warmup=chosen.torch_warmup,
         )
         for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
     }
