@@ -7,7 +7,7 @@ from experiments.bench.alone import FAILED
 from experiments.bench.shapes import SHAPES, shape_to_json
 from experiments.headlines import bench, speedrun
 from experiments.ladder import command as ladder_command
-from experiments.ladder.climb import TORCH_TUNED, Site, recipe_key, scale_named
+from experiments.ladder.climb import TORCH, TORCH_TUNED, Site, recipe_key, scale_named
 from experiments.ladder.command import run_ladder
 from experiments.ladder.rows import mean_end, ratio, row_of
 from experiments.ladder.scales import TINY
@@ -32,7 +32,9 @@ def test_the_blocks_are_empty_before_anything_is_measured(tmp_path, monkeypatch)
 
 def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder_command, "draw", lambda site, path: False)
-    path = run_ladder(ladder(tmp_path, rungs=("jax", "muon", "momentum"), seeds=5))[0]
+    path = run_ladder(
+        ladder(tmp_path, rungs=(TORCH, TORCH_TUNED, "jax", "muon", "momentum"), seeds=5)
+    )[0]
     gathered = read(path)
     (table,) = gathered.index
     site = Site(scale_named(TINY, table), tmp_path, gathered)
