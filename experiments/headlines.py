@@ -51,7 +51,7 @@ def speedrun(path: Path, scale: Scale) -> str:
             "Times less training to the mean final loss of Hugging Face's GPT-2 in torch: under "
             "Adam at a constant 1e-4 (the first), and under AdamW with tuned rate, schedule, betas "
             "and decay. Seconds are of tokens at the pace of steps that were timed in turn, where "
-            f"they were; means over paired seeds ± standard errors, {CLAIM} at least.",
+            f"they were; means over paired seeds ± standard errors, of {CLAIM} seeds at least.",
             "",
             *grid(head, rows, "llrr"),
             "",

@@ -11,11 +11,10 @@ writes JSON, Markdown and a picture of loss against time.
     python -m experiments.speedrun --scale cpu --data tinyshakespeare.txt
 
 climbs the ladder: baselines in torch (extra `baseline`), then a technique a rung, each on top of
-those that are kept below it (`experiments/ladder/rungs.py`). Targets are
-means over as many seeds as the scale says (five at cpu), which run before any rung, so that they
-never move. Finished runs are kept in
-experiments/results/speedrun-SCALE.json and do not run again; Markdown and pictures beside it are
-made from it alone. What fails is named at the end, and the rest goes on.
+those that are kept below it (`experiments/ladder/rungs.py`). Targets are means over as many seeds
+as the scale says (five at cpu), which run before any rung, so that they never move. Finished runs
+are kept in experiments/results/speedrun-SCALE.json and do not run again; Markdown and pictures
+beside it are made from it alone. What fails is named at the end, and the rest goes on.
 
     python -m experiments.speedrun --scale cpu --held-out test --rung cautious for-hf --seeds 5
 
@@ -26,8 +25,8 @@ the lengths that suited the validation split, on which all else is measured.
     python -m experiments.speedrun --scale cpu --tune muon         # those of one rung
     python -m experiments.speedrun --scale cpu --tuned             # the ladder with what they chose
     python -m experiments.speedrun --scale cpu --sizes             # rungs at four sizes, and a fit
-    python -m experiments.speedrun --scale cpu --side-by-side      # steps alone, in turn
     python -m experiments.speedrun --scale cpu --sizes --side-by-side
+    python -m experiments.speedrun --scale cpu --side-by-side      # steps alone, in turn
 
 What is kept is decided by the last of these together with the ladder, three seeds at least: how
 many tokens a rung needs, at the pace of steps that took turns on one machine.

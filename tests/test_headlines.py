@@ -46,8 +46,13 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
     gathered.add(item, timed, {})
     gathered.index[table][item.name] = {"0": item.key}
     before = speedrun(path, TINY)
+    path_before = path.with_name("before.json")
+    path_before.write_text(path.read_text())
     write_data(path, gathered)
-    assert rows_of(before)[1][3].endswith("5 seeds")  # by the runs' own seconds
+    for _, name, *cells in rows_of(before)[1:]:  # by the runs' own seconds
+        untimed = Site(site.scale, tmp_path, read(path_before))
+        for baseline, cell in zip((TORCH, TORCH_TUNED), cells, strict=True):
+            assert cell == said(untimed, name, baseline)
 
     text = speedrun(path, TINY)
     body = rows_of(text)[1:]
@@ -64,7 +69,19 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
     run_ladder(ladder(tmp_path, rungs=("muon",), seeds=5, held_out="test"))
     body = rows_of(speedrun(path, TINY))[1:]
     assert [row[:2] for row in body] == [[f"{table}, test", "muon"]]
-    assert body[0][3].endswith("5 seeds") or body[0][3] == "not reached"
+    test = Site(scale_named(TINY, f"{table}, test"), tmp_path, read(path))
+    assert body[0][3] == said(test, "muon", TORCH_TUNED)
+
+
+def said(site, name, baseline):
+    """A cell by the same figures, but in words of its own."""
+    target = mean_end(site, baseline)
+    mine, theirs = (row_of(site, each, target, baseline) for each in (name, baseline))
+    found = ratio(mine, theirs)
+    if not found.pairs:
+        return "not reached"
+    some = "5" if found.pairs == 5 else f"{found.pairs} of 5"
+    return f"{found.mean:.1f}x ± {found.error:.1f}, {some} seeds"
 
 
 def test_rows_of_few_seeds_are_no_headlines(tmp_path, monkeypatch):

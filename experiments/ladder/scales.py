@@ -118,7 +118,8 @@ class Scale:
 
 
 # 1.1 M parameters and 1.2 million tokens, so that either baseline takes under two minutes on two
-# cores. Choices are those of experiments/results/speedrun-tuning-cpu.json.
+# cores. Choices are those of experiments/results/speedrun-tuning-cpu.json; `rows`, `rows_rate` and
+# `block_rate` are of trials under other betas, until those of batch and block have run anew.
 CPU = Scale(
     name="cpu",
     data=("stdlib",),
@@ -132,6 +133,8 @@ CPU = Scale(
         torch_adamw=AdamW(learning_rate=3e-3, clip_norm=0.5, b1=0.8, b2=0.999),
         torch_rows=4,
         torch_warmup=0.3,
+        adamw=AdamW(learning_rate=4e-3, clip_norm=0.5, b1=0.8, b2=0.999),
+        adamw_warmup=0.3,
         rows=4,
         block_rate=2e-3,
         muon=Muon(learning_rate=5e-3, adam_learning_rate=8e-3),

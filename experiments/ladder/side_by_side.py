@@ -119,18 +119,14 @@ def clock_of(site: Site, name: str) -> Clock | None:
 
     None if its steps have not been timed, or were for other recipes than today's.
     """
-    speed = EQUAL if name == TORCH_TUNED else speed_of(site, name)
-    base = [values["baseline"] for values in _items(site).values()]
-    if speed is None or not base:
+    speed, items = EQUAL if name == TORCH_TUNED else speed_of(site, name), _items(site)
+    if speed is None or not items:
         return None
-    token, compiling, starting = (
-        float(np.median([each[what] for each in base]))
-        for what in ("token", "compiling", "starting")
+    base = Clock(
+        *(float(np.median([v["baseline"][what] for v in items.values()])) for what in Clock._fields)
     )
-    if name != TORCH_TUNED:
-        own = _items(site)[f"side by side, {name}"]
-        compiling, starting = own["compiling"], own["starting"]
-    return Clock(token / speed.ratio, compiling, starting)
+    own = base._asdict() if name == TORCH_TUNED else items[f"side by side, {name}"]
+    return Clock(base.token / speed.ratio, own["compiling"], own["starting"])
 
 
 def _items(site: Site) -> dict[str, Mapping[str, Any]]:

@@ -134,8 +134,7 @@ def run_sizes(
     Raises:
       ValueError: a rung below the first that is measured.
     """
-    named = names or tuple(rung.name for rung in RUNGS if rung.kept and below(rung.name))
-    chosen = tuple(name for name in _above(named) if name in named)
+    chosen = _above(names)
     try:
         for label, scale in scales_of(site.scale).items():
             small = dataclasses.replace(site, scale=scale)
@@ -162,9 +161,11 @@ def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failure
       names: rungs; the first and all that are kept if empty.
       path: of the JSON.
       failures: takes in rungs that failed; others go on.
+
+    Raises:
+      ValueError: a rung below the first that is measured.
     """
-    chosen = names or tuple(rung.name for rung in RUNGS if rung.kept and below(rung.name))
-    chosen = (FROM, *(name for name in _above(chosen) if name in chosen))
+    chosen = (FROM, *_above(names))
     for label, scale in scales_of(site.scale).items():
         small = dataclasses.replace(site, scale=scale)
         for name in chosen:
@@ -175,16 +176,17 @@ def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failure
     return written
 
 
-def _above(names: tuple[str, ...]) -> list[str]:
-    """All rungs above the first that is measured.
+def _above(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The rungs named that lie above the first that is measured; all that are kept if none is.
 
     Raises:
       ValueError: one of the names lies below it.
     """
     order = [rung.name for rung in RUNGS]
-    if low := [n for n in names if n in order[: order.index(FROM)]]:
-        raise ValueError(f"{low[0]} lies below {FROM}, from which the sizes are measured")
-    return order[order.index(FROM) + 1 :]
+    above = RUNGS[order.index(FROM) + 1 :]
+    if low := set(names) - {FROM, *(rung.name for rung in above)}:
+        raise ValueError(f"{min(low)} lies below {FROM}, from which the sizes are measured")
+    return tuple(rung.name for rung in above if (rung.name in names if names else rung.kept))
 
 
 def ratios_of(site: Site, scale: Scale, name: str, to: str | None = None) -> list[float]:

@@ -1,0 +1,81 @@
+"""Rungs at four sizes: the ratios, the line through them, and what it says of a larger one."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from experiments.ladder import side_by_side
+from experiments.ladder.climb import TORCH_TUNED
+from experiments.ladder.command import run_ladder
+from experiments.ladder.scales import CPU, TINY
+from experiments.ladder.sizes import line, scales_of
+from experiments.ladder.turns import Taken
+from tests.ladder_cases import cells_of, ladder
+
+
+def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
+    command = ladder(tmp_path, sizes=True, rungs=("batch", "muon"))
+    path, text, picture = run_ladder(command)
+    for title in ("muon", "muon, to rate"):
+        cells = cells_of(text.read_text(), title)
+        assert all(cell.endswith("x") for cell in cells[1:5])
+        assert "x" in cells[6]
+    below, whole = (float(cells_of(text.read_text(), t)[4][:-1]) for t in ("muon", "muon, to rate"))
+    batch = float(cells_of(text.read_text(), "batch")[4][:-1])
+    assert whole == pytest.approx(below * batch, rel=0.01)
+    assert picture.exists()
+    with pytest.raises(ValueError, match="jax lies below rate"):
+        run_ladder(ladder(tmp_path, sizes=True, rungs=("jax",)))
+    with pytest.raises(ValueError, match="torch lies below rate"):
+        run_ladder(ladder(tmp_path, sizes=True, rungs=("torch", "muon")))
+
+
+def test_ratios_at_sizes_are_of_tokens_at_the_pace_of_steps_timed_in_turn(tmp_path, monkeypatch):
+    command = ladder(tmp_path, sizes=True, rungs=("muon",))
+    before = cells_of(run_ladder(command)[1].read_text(), "muon, to rate")
+    seconds = {"rate": 1e-3, "muon": 2e-3}
+
+    def turns(sides):
+        name = sides["rung"].job.name.partition(",")[0]
+        return {"rung": Taken([seconds[name]] * 9, 1, 2), TORCH_TUNED: Taken([1e-3] * 9, 1, 2)}
+
+    monkeypatch.setattr(side_by_side, "take_turns", turns)
+    timed = dataclasses.replace(command, side_by_side=True)
+    after = cells_of(run_ladder(timed)[1].read_text(), "muon, to rate")
+    # A step of the made-up runs takes as long whatever its batch.
+    rows = TINY.choices.rows / TINY.rows
+    for old, new in zip(before[1:5], after[1:5], strict=True):
+        assert float(new[:-1]) == pytest.approx(float(old[:-1]) / 2 / rows, rel=0.03)
+    with pytest.raises(ValueError, match="jax lies below rate"):
+        run_ladder(dataclasses.replace(timed, rungs=("jax",)))
+
+
+def test_a_line_through_points_and_its_error():
+    rng = np.random.default_rng(0)
+    xs = rng.normal(size=20)
+    ys = 2 * xs + 1 + 0.1 * rng.normal(size=20)
+    found = line(xs, ys, 5.0)
+    slope, middle = np.polyfit(xs, ys, 1)
+    assert found.value == pytest.approx(5 * slope + middle)
+    assert found.slope == pytest.approx(slope)
+    design = np.stack([np.ones(20), xs], 1)
+    s2 = ((ys - design @ [middle, slope]) ** 2).sum() / 18
+    at = np.array([1.0, 5.0])
+    assert found.error == pytest.approx(
+        math.sqrt(s2 * (1 + at @ np.linalg.inv(design.T @ design) @ at))
+    )
+    with pytest.raises(ValueError, match="two places"):
+        line([1.0, 1.0], [2.0, 3.0], 0.0)
+
+
+def test_sizes_cover_what_was_asked_for():
+    from experiments.ladder.sizes import _parameters
+
+    sizes = [_parameters(scale.model, scale) for scale in scales_of(CPU).values()]
+    assert 0.4e6 < sizes[0] < 0.8e6
+    assert 10e6 < sizes[-1] < 14e6
+    assert sizes == sorted(sizes)
+    tokens = [scale.tokens for scale in scales_of(CPU).values()]
+    assert tokens == sorted(tokens)
