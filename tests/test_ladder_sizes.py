@@ -12,7 +12,8 @@ from experiments.ladder.command import run_ladder
 from experiments.ladder.scales import CPU, TINY
 from experiments.ladder.sizes import line, scales_of
 from experiments.ladder.turns import Taken
-from tests.ladder_cases import cells_of, ladder
+from experiments.tables.report import read
+from tests.ladder_cases import Counting, cells_of, ladder
 
 
 def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
@@ -50,6 +51,32 @@ def test_ratios_at_sizes_are_of_tokens_at_the_pace_of_steps_timed_in_turn(tmp_pa
         assert float(new[:-1]) == pytest.approx(float(old[:-1]) / 2 / rows, rel=0.03)
     with pytest.raises(ValueError, match="jax lies below rate"):
         run_ladder(dataclasses.replace(timed, rungs=("jax",)))
+
+
+def test_steps_are_timed_anew_without_the_runs(tmp_path, monkeypatch):
+    taken = []
+
+    def turns(sides):
+        taken.append(sides["rung"].job.name.partition(",")[0])
+        return {name: Taken([1e-3 * len(taken)] * 9, 1, 2) for name in sides}
+
+    monkeypatch.setattr(side_by_side, "take_turns", turns)
+    chosen = ("torch-tuned", "rate", "muon")
+    runs = ladder(tmp_path, rungs=chosen)
+    path, *_ = run_ladder(runs)
+    timed = ladder(tmp_path, rungs=("rate", "muon"), side_by_side=True)
+    run_ladder(timed)
+    before = read(path)
+    run_ladder(timed)
+    assert taken == ["rate", "muon"]
+    run_ladder(dataclasses.replace(timed, fresh=True))
+    assert taken == ["rate", "muon"] * 2
+    after = read(path)
+    changed = {key for key, cell in after.cells.items() if cell != before.cells[key]}
+    assert len(changed) == 2
+    assert after.index == before.index
+    run_ladder(dataclasses.replace(runs, run=(again := Counting())))
+    assert again.ran == []
 
 
 def test_a_line_through_points_and_its_error():

@@ -29,7 +29,7 @@ from experiments.ladder.report import render
 from experiments.ladder.rows import mean_end
 from experiments.ladder.rungs import RUNGS, rung_named
 from experiments.ladder.scales import SCALES, Choices, HeldOut, Scale
-from experiments.ladder.side_by_side import measure
+from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure
 from experiments.ladder.trials import chain, tuned_on
 from experiments.ladder.tune import run_tuning, standing, tuning_path
 from experiments.ladder.turns import pace
@@ -55,7 +55,7 @@ class Ladder:
       sizes: measure at four sizes in place of the ladder.
       side_by_side: time steps of rungs and tuned baseline in turn, in place of running them; at
         four sizes together with `sizes`.
-      fresh: forget what is gathered of this data.
+      fresh: forget what is gathered of this data, or the steps that were timed alone.
       results: where it is kept.
       run: runs a cell.
       pace: times two cells in turn.
@@ -115,7 +115,7 @@ def run_ladder(command: Ladder) -> list[Path]:
     )
     failures = Failures()
     if command.fresh:
-        _forget(site)
+        _forget(site, SIDE_BY_SIDE if command.side_by_side else "")
     if command.tune:
         written = run_tuning(site, command.tune, path, failures)
     elif command.sizes and command.side_by_side:
@@ -147,7 +147,7 @@ def _run(command: Ladder, site: Site, failures: Failures) -> None:
         return
     others = (name for name in baselines_of(site.scale) if name != TORCH_TUNED)
     for name in command.rungs or (*others, *(rung.name for rung in RUNGS)):
-        with failures.passed_over(f"side by side, {name}"):
+        with failures.passed_over(SIDE_BY_SIDE + name):
             measure(site, name)
 
 
@@ -158,12 +158,17 @@ def _trials_of(command: Ladder, site: Site) -> Site:
     return Site(plain, command.cells, trials)
 
 
-def _forget(site: Site) -> None:
-    """Forgets what is gathered of the data, and of its trials and sizes."""
+def _forget(site: Site, kind: str) -> None:
+    """Forgets what is gathered of the data, and of its trials and sizes.
+
+    Args:
+      site: of the data.
+      kind: what titles begin with.
+    """
     gathered = site.gathered
-    for table in [name for name in gathered.index if site.table in name]:
-        for seeds in gathered.index.pop(table).values():
-            for key in seeds.values():
+    for rows in (of for table, of in gathered.index.items() if site.table in table):
+        for title in [title for title in rows if title.startswith(kind)]:
+            for key in rows.pop(title).values():
                 gathered.cells.pop(key, None)
 
 

@@ -226,6 +226,14 @@ def _momentum(recipe: Recipe, scale: Scale) -> Recipe:
     return dataclasses.replace(recipe, optimizer_shares={"momentum_warmup_steps": 0.15})
 
 
+def _iterations(recipe: Recipe, scale: Scale) -> Recipe:
+    """Dion's last three bring singular values from 0.03 of the norm up nearer 1 than Jordan's five.
+
+    Smaller ones, which are mostly noise, stay smaller.
+    """
+    return recipe.with_optimizer(newton_schulz_steps=3, newton_schulz_coefficients="dion")
+
+
 def _depth(recipe: Recipe, scale: Scale) -> Recipe:
     fewer = max(1, scale.model.layers // 4)
     return recipe.with_ramp(Ramp("layers", ((0.3, fewer),)))
@@ -337,6 +345,13 @@ RUNGS: tuple[Rung, ...] = (
     # On the CPU it saves no time: blocks of keys are computed whole, and only what counts is less.
     _off(Rung("window", "attention over a quarter and a half of the length first", _window)),
     _off(Rung("momentum", "Muon's momentum from 0.85 up over the first 15 %", _momentum)),
+    _off(
+        Rung(
+            "iterations",
+            "Muon orthogonalises in three iterations in place of five",
+            _iterations,
+        )
+    ),
     _off(Rung("depth", "a quarter of the blocks for the first 30 %, then all", _depth)),
     _off(Rung("untie", "head and embedding one matrix up to two thirds of the run", _untie)),
     _off(Rung("tail", "weights averaged over the last fifth", _tail)),

@@ -26,6 +26,9 @@ from experiments.ladder.turns import ROUNDS, TOKENS, Taken, Turn, settings_of, t
 from experiments.machine import machine
 from experiments.tables.ratios import paired
 
+SIDE_BY_SIDE = "side by side, "
+"""What titles of timed steps begin with; a row follows."""
+
 
 class Speed(NamedTuple):
     """How many times as many tokens a row learns from in a second as another one.
@@ -60,7 +63,7 @@ def item_of(site: Site, name: str) -> Measurement:
     """Returns the measurement of a rung, or of a baseline against the tuned one."""
     jobs = [job_of(site.scale, each, site.scale.tokens, 0) for each in (name, TORCH_TUNED)]
     about = {"side by side": [job.key for job in jobs], "rounds": ROUNDS, "tokens": TOKENS}
-    return Measurement(f"side by side, {name}", about, dict)
+    return Measurement(SIDE_BY_SIDE + name, about, dict)
 
 
 def measure(site: Site, name: str) -> None:
@@ -87,7 +90,7 @@ def speed_of(site: Site, name: str) -> Speed | None:
     None if it has not been measured, or of other recipes than today's. It is the same on either
     split.
     """
-    key = site.gathered.index.get(_table(site), {}).get(f"side by side, {name}", {}).get("0", "")
+    key = site.gathered.index.get(_table(site), {}).get(SIDE_BY_SIDE + name, {}).get("0", "")
     cell = site.gathered.cells.get(key)
     if cell is None or cell["values"].get("recipes") != _recipes(site.scale, name):
         return None
@@ -125,7 +128,7 @@ def clock_of(site: Site, name: str) -> Clock | None:
     base = Clock(
         *(float(np.median([v["baseline"][what] for v in items.values()])) for what in Clock._fields)
     )
-    own = base._asdict() if name == TORCH_TUNED else items[f"side by side, {name}"]
+    own = base._asdict() if name == TORCH_TUNED else items[SIDE_BY_SIDE + name]
     return Clock(base.token / speed.ratio, own["compiling"], own["starting"])
 
 
@@ -136,7 +139,7 @@ def _items(site: Site) -> dict[str, Mapping[str, Any]]:
     for title, seeds in site.gathered.index.get(_table(site), {}).items():
         cell = site.gathered.cells.get(seeds.get("0", ""))
         values: Mapping[str, Any] = {} if cell is None else cell["values"]
-        if title.startswith("side by side, ") and values.get("recipes", [])[1:] == [today]:
+        if title.startswith(SIDE_BY_SIDE) and values.get("recipes", [])[1:] == [today]:
             found[title] = values
     return found
 

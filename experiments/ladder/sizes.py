@@ -26,7 +26,7 @@ from experiments.ladder.climb import Site, climb, scale_named, target_of
 from experiments.ladder.rows import curves_of, mean_end, ratio, row_of
 from experiments.ladder.rungs import RUNGS, below, recipe_of, rung_named
 from experiments.ladder.scales import SCALES, Scale
-from experiments.ladder.side_by_side import measure
+from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure
 from experiments.tables.gathered import Gathered
 from experiments.tables.markdown import grid
 from experiments.tables.report import read
@@ -169,7 +169,7 @@ def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failure
     for label, scale in scales_of(site.scale).items():
         small = dataclasses.replace(site, scale=scale)
         for name in chosen:
-            with failures.passed_over(f"side by side, {name} at {label}"):
+            with failures.passed_over(f"{SIDE_BY_SIDE}{name} at {label}"):
                 measure(small, name)
     written = write_sizes(site, path)
     print(f"\nwritten: {', '.join(map(str, written))}")
