@@ -248,17 +248,17 @@ def test_the_whole_ladder_is_climbed_once_and_written_from_the_json_alone(tmp_pa
 def test_later_seeds_begin_where_the_first_ended_and_have_an_end_on_either_side(tmp_path):
     run = Counting()
     site = Site(TINY, tmp_path, Gathered({}), run=run)
-    target = 30 * WEIGHTS["muon"] * 4000**-0.2
-    lengths = climb(site, "muon", 0, target)
+    target = 30 * WEIGHTS["block"] * 4000**-0.2
+    lengths = climb(site, "block", 0, target)
     best = min(n for n, v in lengths.items() if v["points"][-1]["bits"] <= target)
     for seed in (1, 2):
-        ends = {n: v["points"][-1]["bits"] for n, v in climb(site, "muon", seed, target).items()}
+        ends = {n: v["points"][-1]["bits"] for n, v in climb(site, "block", seed, target).items()}
         assert next(iter(ends)) == best
         assert len(ends) <= 3
         assert min(ends.values()) <= target < max(ends.values())
         # The law of a seed: as far above that of the first as it is said to be.
-        true = ((target - 0.001 * seed) / (30 * WEIGHTS["muon"])) ** -5
-        found = rows.row_of(site, "muon", target).reached[seed]
+        true = ((target - 0.001 * seed) / (30 * WEIGHTS["block"])) ** -5
+        found = rows.row_of(site, "block", target).reached[seed]
         assert found.tokens == pytest.approx(true, rel=0.01)
 
 

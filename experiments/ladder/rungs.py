@@ -11,17 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.baselines.tune import BATCHES
+from experiments.ladder import techniques
 from experiments.ladder.formats import formats
-from experiments.ladder.recipe import Ramp, Recipe
+from experiments.ladder.recipe import Recipe
 from experiments.ladder.scales import Choices, Scale
-from experiments.methods.multi_token import MultiToken
-from model.presets import modern
 from train.optimizers import Adam
-from train.schedules import Constant, Linear
-
-PART_ROWS = 2
-"""See docs/cpu-throughput.md: gradients of parts are added up, and a step is the same."""
+from train.schedules import Constant
 
 Change = Callable[[Recipe, Scale], Recipe]
 Trials = Callable[[Scale], Mapping[str, Choices]]
@@ -60,199 +55,6 @@ def first_recipe(scale: Scale) -> Recipe:
         length=scale.length,
         tokenizer=scale.tokenizer,
     )
-
-
-def _same(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe
-
-
-def _rate(recipe: Recipe, scale: Scale) -> Recipe:
-    chosen = scale.choices
-    tuned = dataclasses.replace(
-        recipe, optimizer=chosen.adamw, schedule=Linear(), warmup=chosen.adamw_warmup
-    )
-    return tuned.with_model(dropout=0.0)
-
-
-def _rate_trials(scale: Scale) -> dict[str, Choices]:
-    """Rates, with the betas, decay, clipping and warmup that were found for the baseline.
-
-    It is the same model under the same optimizer; without them the rungs up to Muon would stand
-    below a baseline that has them.
-    """
-    chosen = scale.choices
-    return {
-        f"rate {rate:g}": dataclasses.replace(
-            chosen,
-            adamw=dataclasses.replace(chosen.torch_adamw, learning_rate=rate),
-            adamw_warmup=chosen.torch_warmup,
-        )
-        for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-    }
-
-
-def _batch(recipe: Recipe, scale: Scale) -> Recipe:
-    chosen = scale.choices
-    fitted = dataclasses.replace(recipe, rows=chosen.rows)
-    return fitted.with_optimizer(learning_rate=chosen.rows_rate)
-
-
-def _batch_trials(scale: Scale) -> dict[str, Choices]:
-    """From a sixteenth to a half of the baseline's batch, each at its rate and at half of it.
-
-    And the whole one; all for as many seconds.
-    """
-    found = {}
-    for factor, factors in BATCHES:
-        rows = max(1, round(scale.rows * factor))
-        for times in factors:
-            rate = scale.choices.adamw.learning_rate * times
-            choices = dataclasses.replace(scale.choices, rows=rows, rows_rate=rate)
-            found[f"{rows} rows, rate {rate:g}"] = choices
-    return found
-
-
-def _parts(recipe: Recipe, scale: Scale) -> Recipe:
-    return dataclasses.replace(recipe, part_rows=PART_ROWS)
-
-
-def _block(recipe: Recipe, scale: Scale) -> Recipe:
-    """Everything of `model.presets.modern` but the soft-cap, which has a rung of its own."""
-    new, plain = modern(), scale.model
-    shape = ("vocabulary_size", "max_length", "layers", "width", "heads", "dtype")
-    changes = {
-        f.name: getattr(new, f.name)
-        for f in dataclasses.fields(new)
-        if f.name not in (*shape, "logit_softcap")
-        and getattr(new, f.name) != getattr(plain, f.name)
-    }
-    modern_block = recipe.with_model(**{**changes, "dropout": 0.0})
-    return modern_block.with_optimizer(learning_rate=scale.choices.block_rate)
-
-
-def _block_trials(scale: Scale) -> dict[str, Choices]:
-    rates = [scale.choices.rows_rate * times for times in (0.25, 0.5, 1.0, 2.0)]
-    return {f"rate {rate:g}": dataclasses.replace(scale.choices, block_rate=rate) for rate in rates}
-
-
-def _muon(recipe: Recipe, scale: Scale) -> Recipe:
-    return dataclasses.replace(recipe, optimizer=scale.choices.muon, warmup=0.0)
-
-
-def _muon_trials(scale: Scale) -> dict[str, Choices]:
-    muon = scale.choices.muon
-    found = {}
-    for rate in (0.0025, 0.005, 0.01, 0.02, 0.04):
-        for adam in (0.004, 0.008, 0.016):
-            changed = dataclasses.replace(muon, learning_rate=rate, adam_learning_rate=adam)
-            choices = dataclasses.replace(scale.choices, muon=changed)
-            found[f"rate {rate:g}, AdamW's {adam:g}"] = choices
-    return found
-
-
-def _muon_rows(recipe: Recipe, scale: Scale) -> Recipe:
-    """Its step costs as much whatever the batch, so that a larger one is cheaper by the token."""
-    chosen, muon = scale.choices, scale.choices.muon
-    rates = {
-        name: chosen.muon_factor * getattr(muon, name)
-        for name in ("learning_rate", "adam_learning_rate")
-    }
-    fitted = dataclasses.replace(recipe, rows=chosen.muon_rows)
-    return fitted.with_optimizer(**rates)
-
-
-def _muon_rows_trials(scale: Scale) -> dict[str, Choices]:
-    """Once to eight times AdamW's batch, at Muon's rates; larger ones at higher ones too."""
-    found = {}
-    for times, factors in ((1, (1.0,)), (2, (1.0, 1.4)), (4, (1.0, 1.4, 2.0)), (8, (1.4, 2.0))):
-        rows = times * scale.choices.rows
-        for factor in factors:
-            choices = dataclasses.replace(scale.choices, muon_rows=rows, muon_factor=factor)
-            found[f"{rows} rows, rates x{factor:g}"] = choices
-    return found
-
-
-def _softcap(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_model(logit_softcap=15.0)
-
-
-def _shortcuts(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_model(embedding_norm=True, embedding_shortcut=0.1)
-
-
-def _values(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_model(value_embeddings=True)
-
-
-def _groups(recipe: Recipe, scale: Scale) -> Recipe:
-    rules = (
-        ("token_embedding", scale.choices.embedding_rate),
-        ("head", scale.choices.head_rate),
-    )
-    return recipe.with_optimizer(learning_rate_rules=rules)
-
-
-def _group_trials(scale: Scale) -> dict[str, Choices]:
-    return {
-        f"embeddings x{embedding:g}, head x{head:g}": dataclasses.replace(
-            scale.choices, embedding_rate=embedding, head_rate=head
-        )
-        for embedding in (1.0, 2.0, 4.0)
-        for head in (0.5, 1.0)
-    }
-
-
-def _cautious(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_optimizer(cautious_decay=True)
-
-
-def _length(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_ramp(Ramp("length", ((0.3, 0.25), (0.6, 0.5))))
-
-
-def _window(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_ramp(Ramp("window", ((0.3, scale.length // 4), (0.6, scale.length // 2))))
-
-
-def _layer_drop(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_ramp(Ramp("layer_drop", ((0.6, 0.2),)))
-
-
-def _token_drop(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_ramp(Ramp("token_drop", ((0.6, 0.5),)))
-
-
-def _momentum(recipe: Recipe, scale: Scale) -> Recipe:
-    return dataclasses.replace(recipe, optimizer_shares={"momentum_warmup_steps": 0.15})
-
-
-def _iterations(recipe: Recipe, scale: Scale) -> Recipe:
-    """Dion's last three bring singular values from 0.03 of the norm up nearer 1 than Jordan's five.
-
-    Smaller ones, which are mostly noise, stay smaller.
-    """
-    return recipe.with_optimizer(newton_schulz_steps=3, newton_schulz_coefficients="dion")
-
-
-def _depth(recipe: Recipe, scale: Scale) -> Recipe:
-    fewer = max(1, scale.model.layers // 4)
-    return recipe.with_ramp(Ramp("layers", ((0.3, fewer),)))
-
-
-def _untie(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_ramp(Ramp("tied_head", ((0.66, True),)))
-
-
-def _mtp(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_more(methods=(*recipe.more.get("methods", ()), MultiToken()))
-
-
-def _tail(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_optimizer(tail_fraction=0.2)
-
-
-def _batch_warmup(recipe: Recipe, scale: Scale) -> Recipe:
-    return recipe.with_ramp(Ramp("rows", ((0.15, 0.25), (0.4, 0.5))))
 
 
 def _restricted(place: str) -> Change:
@@ -294,72 +96,96 @@ HELD_BLOCKS: tuple[Mapping[str, Any], ...] = (
 """Blocks that formats of others may hold, as changes of the modern one."""
 
 
-def _vocabulary(recipe: Recipe, scale: Scale) -> Recipe:
-    return dataclasses.replace(recipe, tokenizer=scale.choices.vocabulary)
-
-
 def _off(rung: Rung) -> Rung:
     """The rung stays in the table, and nothing builds on it."""
     return dataclasses.replace(rung, kept=False)
 
 
 RUNGS: tuple[Rung, ...] = (
-    Rung("jax", "the first baseline's learning in our step", _same),
-    Rung("rate", "AdamW, tuned rate, linearly to zero, no dropout", _rate, trials=_rate_trials),
-    Rung("parts", f"the batch in parts of {PART_ROWS} rows, of which caches hold all", _parts),
+    Rung("jax", "the first baseline's learning in our step", techniques.same),
+    Rung(
+        "rate",
+        "AdamW, tuned rate, linearly to zero, no dropout",
+        techniques.rate,
+        trials=techniques.rate_trials,
+    ),
+    Rung(
+        "parts",
+        f"the batch in parts of {techniques.PART_ROWS} rows, of which caches hold all",
+        techniques.parts,
+    ),
     Rung(
         "batch",
         "a batch that fits the budget",
-        _batch,
-        trials=_batch_trials,
+        techniques.batch,
+        trials=techniques.batch_trials,
         with_rows=lambda choices, rows: dataclasses.replace(choices, rows=rows),
     ),
     Rung(
         "block",
         "rotary, RMSNorm, no biases, squared ReLU, QK-norm, zero-init, an untied head",
-        _block,
-        trials=_block_trials,
+        techniques.block,
+        trials=techniques.block_trials,
         trial_share=0.6,
     ),
-    Rung("muon", "Muon on the kernels of the blocks", _muon, trials=_muon_trials, trial_share=0.3),
+    Rung(
+        "muon",
+        f"Muon on the kernels of the blocks, {techniques.MUON_ROWS} times the rows",
+        techniques.muon,
+        trials=techniques.muon_trials,
+        trial_share=0.3,
+    ),
     Rung(
         "muon-batch",
         "a batch that fits Muon",
-        _muon_rows,
-        trials=_muon_rows_trials,
+        techniques.muon_rows,
+        trials=techniques.muon_rows_trials,
         trial_share=0.3,
         with_rows=lambda choices, rows: dataclasses.replace(choices, muon_rows=rows),
     ),
-    Rung("softcap", "logits capped at 15", _softcap),
-    Rung("shortcuts", "the embedding mixed into every block", _shortcuts),
-    Rung("values", "value embeddings in every second block", _values),
+    Rung("softcap", "logits capped at 15", techniques.softcap),
+    Rung("shortcuts", "the embedding mixed into every block", techniques.shortcuts),
+    Rung("values", "value embeddings in every second block", techniques.values),
     Rung(
         "groups",
         "rates of their own for embeddings and head",
-        _groups,
-        trials=_group_trials,
+        techniques.groups,
+        trials=techniques.group_trials,
         trial_share=0.3,
     ),
-    Rung("cautious", "weight decay only where it goes the way of the step", _cautious),
-    _off(Rung("length", "sequences of a quarter and a half of the length first", _length)),
-    # On the CPU it saves no time: blocks of keys are computed whole, and only what counts is less.
-    _off(Rung("window", "attention over a quarter and a half of the length first", _window)),
-    _off(Rung("momentum", "Muon's momentum from 0.85 up over the first 15 %", _momentum)),
+    Rung("cautious", "weight decay only where it goes the way of the step", techniques.cautious),
+    _off(
+        Rung("length", "sequences of a quarter and a half of the length first", techniques.length)
+    ),
+    _off(
+        Rung("window", "attention over a quarter and a half of the length first", techniques.window)
+    ),
+    _off(Rung("momentum", "Muon's momentum from 0.85 up over the first 15 %", techniques.momentum)),
     _off(
         Rung(
             "iterations",
             "Muon orthogonalises in three iterations in place of five",
-            _iterations,
+            techniques.iterations,
         )
     ),
-    _off(Rung("depth", "a quarter of the blocks for the first 30 %, then all", _depth)),
-    _off(Rung("untie", "head and embedding one matrix up to two thirds of the run", _untie)),
-    _off(Rung("tail", "weights averaged over the last fifth", _tail)),
-    _off(Rung("multi-token", "tokens after the next one predicted as well", _mtp)),
-    _off(Rung("batch-warmup", "a quarter and a half of the batch first", _batch_warmup)),
-    _off(Rung("layer-drop", "up to a fifth of the blocks left out at first", _layer_drop)),
-    _off(Rung("token-drop", "half of the tokens pass by the inner blocks first", _token_drop)),
-    _off(Rung("vocabulary", "a vocabulary of another size, in bits per byte", _vocabulary)),
+    _off(Rung("depth", "a quarter of the blocks for the first 30 %, then all", techniques.depth)),
+    _off(
+        Rung("untie", "head and embedding one matrix up to two thirds of the run", techniques.untie)
+    ),
+    _off(Rung("tail", "weights averaged over the last fifth", techniques.tail)),
+    _off(Rung("multi-token", "tokens after the next one predicted as well", techniques.mtp)),
+    _off(Rung("batch-warmup", "a quarter and a half of the batch first", techniques.batch_warmup)),
+    _off(
+        Rung("layer-drop", "up to a fifth of the blocks left out at first", techniques.layer_drop)
+    ),
+    _off(
+        Rung(
+            "token-drop", "half of the tokens pass by the inner blocks first", techniques.token_drop
+        )
+    ),
+    _off(
+        Rung("vocabulary", "a vocabulary of another size, in bits per byte", techniques.vocabulary)
+    ),
     _off(Rung("for-hf", "what transformers can hold of the kept rungs", _restricted("HF"))),
     _off(Rung("for-gguf", "what GGUF can hold of the kept rungs", _restricted("GGUF"))),
 )
