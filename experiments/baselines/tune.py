@@ -5,7 +5,7 @@
 First every rate with every schedule; with the best of them the batch sizes that our own recipe is
 given, at that rate and at half of it, for as many seconds; then every pair of betas, every weight
 decay, the warmup and the norm that gradients are clipped to; last the rate once more, a little
-lower and higher, with all of these. The budget is that of the baseline, fixed beforehand. Choices
+lower and higher, and a longer memory of squares, with all of these. The budget is that of the baseline, fixed beforehand. Choices
 are made by the last loss on the validation split; the test split is never opened. The trials lie in
 experiments/results/speedrun-tuning-SCALE.json, and the grids in the Markdown beside it.
 """
@@ -31,6 +31,7 @@ DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
 WARMUPS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
 CLIPS = (0.25, 0.5, 1.0, 2.0, 4.0)
 AGAIN = (0.5, 0.7, 1.0, 1.4)  # times the rate that was chosen first
+LONGEST = 0.9995  # beyond the grid of second moments, whose highest is often the best
 
 
 def rates_and_schedules(
@@ -122,6 +123,12 @@ def rates_again(scale: Scale) -> dict[str, Choices]:
     """Returns rates around the chosen one, with all that was chosen after it."""
     rate = scale.choices.torch_adamw.learning_rate
     return {f"rate x{times:g}": _changed(scale, learning_rate=times * rate) for times in AGAIN}
+
+
+def second_moments_again(scale: Scale) -> dict[str, Choices]:
+    """Returns a longer memory of squares beside the chosen one, at the end of all trials."""
+    chosen = scale.choices.torch_adamw.b2
+    return {f"b2 {b2:g}": _changed(scale, b2=b2) for b2 in sorted({chosen, LONGEST})}
 
 
 def _changed(scale: Scale, **fields: Any) -> Choices:

@@ -94,8 +94,8 @@ def block(recipe: Recipe, scale: Scale) -> Recipe:
 
 
 def block_trials(scale: Scale) -> dict[str, Choices]:
-    """Rates from a quarter of that of the batch to twice it."""
-    rates = [scale.choices.rows_rate * times for times in (0.25, 0.5, 1.0, 2.0)]
+    """Rates from a quarter of that of the batch to four times it."""
+    rates = [scale.choices.rows_rate * times for times in (0.25, 0.5, 1.0, 2.0, 4.0)]
     return {f"rate {rate:g}": dataclasses.replace(scale.choices, block_rate=rate) for rate in rates}
 
 

@@ -67,6 +67,7 @@ def groups() -> tuple[Group, ...]:
         Group("torch-tuned, warmup", TORCH_TUNED, tune.warmups),
         Group("torch-tuned, clipping", TORCH_TUNED, tune.clips),
         Group("torch-tuned, rate again", TORCH_TUNED, tune.rates_again),
+        Group("torch-tuned, betas again", TORCH_TUNED, tune.second_moments_again),
     )
     ours = (
         Group(r.name, r.name, r.trials, r.trial_share, r.with_rows)
