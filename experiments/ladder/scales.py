@@ -118,8 +118,7 @@ class Scale:
 
 
 # 1.1 M parameters and 1.2 million tokens, so that either baseline takes under two minutes on two
-# cores. Choices are those of experiments/results/speedrun-tuning-cpu.json; `rows`, `rows_rate` and
-# `block_rate` are of trials under other betas, until those of batch and block have run anew.
+# cores. Choices are those of experiments/results/speedrun-tuning-cpu.json.
 CPU = Scale(
     name="cpu",
     data=("stdlib",),
