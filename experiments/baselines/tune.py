@@ -5,9 +5,10 @@
 First every rate with every schedule; with the best of them the batch sizes that our own recipe is
 given, at that rate and at half of it, for as many seconds; then every pair of betas, every weight
 decay, the warmup and the norm that gradients are clipped to; last the rate once more, a little
-lower and higher, and a longer memory of squares, with all of these. The budget is that of the baseline, fixed beforehand. Choices
-are made by the last loss on the validation split; the test split is never opened. The trials lie in
-experiments/results/speedrun-tuning-SCALE.json, and the grids in the Markdown beside it.
+lower and higher, and a longer memory of squares, with all of these. The budget is that of the
+baseline, fixed beforehand. Choices are made by the last loss on the validation split; the test
+split is never opened. The trials lie in experiments/results/speedrun-tuning-SCALE.json, and the
+grids in the Markdown beside it.
 """
 
 from __future__ import annotations
