@@ -38,7 +38,7 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
     gathered = read(path)
     (table,) = gathered.index
     site = Site(scale_named(TINY, table), tmp_path, gathered)
-    item = item_of(site, "muon")
+    item = item_of(site, "muon", "")
     recipes = [recipe_key(site.scale, name) for name in ("muon", TORCH_TUNED)]
     base = {"token": 1e-3, "compiling": 1.0, "starting": 2.0}
     timed = {"ratio": 0.5, "quartiles": [0.5, 0.5], "rounds": 9, "recipes": recipes}

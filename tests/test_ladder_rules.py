@@ -25,7 +25,7 @@ from experiments.ladder.command import run_ladder
 from experiments.ladder.pictures import draw
 from experiments.ladder.report import render
 from experiments.ladder.scales import CPU, TINY
-from experiments.ladder.side_by_side import item_of, speed_against, speed_of
+from experiments.ladder.side_by_side import item_of, processors, speed_against, speed_of
 from experiments.tables.gathered import Gathered
 from experiments.tables.report import read
 from tests.ladder_cases import Counting, cells_of, fake, ladder, row
@@ -95,15 +95,35 @@ def test_steps_side_by_side_count_for_todays_recipes_alone(tmp_path):
 BASE = {"token": 1e-3, "compiling": 1.0, "starting": 2.0}
 
 
-def put_speeds(site, speeds):
+def put_speeds(site, speeds, processor="one"):
     for name, ratio in speeds.items():
-        item = item_of(site, name)
+        item = item_of(site, name, processor)
         recipes = [recipe_key(site.scale, each) for each in (name, TORCH_TUNED)]
         values = {"quartiles": [ratio, 1.1 * ratio], "rounds": 9, "recipes": recipes}
         values |= {"compiling": 3.0, "starting": 4.0, "baseline": BASE}
-        site.gathered.add(item, {"ratio": ratio, **values}, {})
+        site.gathered.add(item, {"ratio": ratio, **values}, {"processor": processor})
         table = site.gathered.index.setdefault(site.table, {})
         table[item.name] = {"0": item.key}
+
+
+def test_processors_are_told_apart_and_seconds_are_of_the_one_that_timed_most(tmp_path):
+    path, *_ = run_ladder(ladder(tmp_path, rungs=("rate", "muon"), seeds=2))
+    site = Site(TINY, tmp_path, read(path))
+    put_speeds(site, {"muon": 0.5, "rate": 2.0}, "two")
+    put_speeds(site, {"muon": 0.8}, "one")
+    assert processors(site) == ["two", "one"]
+    assert speed_of(site, "muon").ratio == speed_of(site, "muon", "two").ratio == 0.5
+    assert speed_of(site, "muon", "one").ratio == 0.8
+    assert speed_of(site, "rate", "one") is None
+    text = "\n".join(render(site, path))
+    assert "nothing else on the machine (two)" in text
+    name, pace, seconds, other, more = cells_of(text, "muon", "### Steps in turn, by processor")
+    assert (pace[:4], other[:4]) == ("0.50", "0.80")
+    in_turn = float(seconds.split()[0])
+    assert float(more.split()[0]) == pytest.approx(in_turn * 0.8 / 0.5, abs=0.02)
+    assert cells_of(text, "muon", "#### To torch-tuned\n")[1] == seconds
+    put_speeds(site, {"rate": 1.0, "jax": 1.0}, "one")
+    assert processors(site) == ["one", "two"]
 
 
 def test_a_row_that_was_not_timed_where_others_were_has_no_seconds(tmp_path):

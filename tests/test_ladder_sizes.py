@@ -9,6 +9,7 @@ import pytest
 from experiments.ladder import side_by_side
 from experiments.ladder.climb import TORCH_TUNED
 from experiments.ladder.command import run_ladder
+from experiments.ladder.rungs import recipe_of
 from experiments.ladder.scales import CPU, TINY
 from experiments.ladder.sizes import line, scales_of
 from experiments.ladder.turns import Taken
@@ -46,7 +47,7 @@ def test_ratios_at_sizes_are_of_tokens_at_the_pace_of_steps_timed_in_turn(tmp_pa
     timed = dataclasses.replace(command, side_by_side=True)
     after = cells_of(run_ladder(timed)[1].read_text(), "muon, to rate")
     # A step of the made-up runs takes as long whatever its batch.
-    rows = TINY.choices.rows / TINY.rows
+    rows = recipe_of("muon", TINY).rows / recipe_of("rate", TINY).rows
     for old, new in zip(before[1:5], after[1:5], strict=True):
         assert float(new[:-1]) == pytest.approx(float(old[:-1]) / 2 / rows, rel=0.03)
     with pytest.raises(ValueError, match="jax lies below rate"):

@@ -33,6 +33,7 @@ from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure
 from experiments.ladder.trials import chain, tuned_on
 from experiments.ladder.tune import run_tuning, standing, tuning_path
 from experiments.ladder.turns import pace
+from experiments.machine import machine
 from experiments.tables.gathered import Gathered
 from experiments.tables.report import read, write_data
 
@@ -115,7 +116,7 @@ def run_ladder(command: Ladder) -> list[Path]:
     )
     failures = Failures()
     if command.fresh:
-        _forget(site, SIDE_BY_SIDE if command.side_by_side else "")
+        _forget(site, steps_alone=command.side_by_side)
     if command.tune:
         written = run_tuning(site, command.tune, path, failures)
     elif command.sizes and command.side_by_side:
@@ -158,18 +159,19 @@ def _trials_of(command: Ladder, site: Site) -> Site:
     return Site(plain, command.cells, trials)
 
 
-def _forget(site: Site, kind: str) -> None:
+def _forget(site: Site, *, steps_alone: bool) -> None:
     """Forgets what is gathered of the data, and of its trials and sizes.
 
     Args:
       site: of the data.
-      kind: what titles begin with.
+      steps_alone: only the steps that this processor has timed.
     """
-    gathered = site.gathered
+    gathered, ours = site.gathered, f" on {machine()['processor']}"
     for rows in (of for table, of in gathered.index.items() if site.table in table):
-        for title in [title for title in rows if title.startswith(kind)]:
-            for key in rows.pop(title).values():
-                gathered.cells.pop(key, None)
+        for title in list(rows):
+            if not steps_alone or (title.startswith(SIDE_BY_SIDE) and title.endswith(ours)):
+                for key in rows.pop(title).values():
+                    gathered.cells.pop(key, None)
 
 
 def scale_of(command: Ladder) -> Scale:

@@ -34,6 +34,7 @@ from experiments.ladder.rows import (
     time_ratio,
 )
 from experiments.ladder.rungs import formats_of, rung_named
+from experiments.ladder.side_by_side import processors, speed_of, timed
 from experiments.tables.markdown import grid
 
 SEEDS_TO_KEEP = 3  # what `kept` is decided on
@@ -73,6 +74,8 @@ def render(site: Site, path: Path) -> list[str]:
             lines += ["", *_planned(site, baseline, target)]
     if any(not math.isnan(mean_end(site, baseline)) for baseline in (TORCH, TORCH_TUNED)):
         lines += ["", "### Over a range of targets", "", *_ranges(site)]
+    if timed(site):
+        lines += ["", "### Steps in turn, by processor", "", *_steps(site)]
     if site.scale.held_out == "validation":  # nothing is chosen on the test split
         lines += ["", "### What is kept, and what it leaves in", "", *_kept(site)]
     return lines
@@ -225,6 +228,28 @@ def _ranges(site: Site) -> list[str]:
         lines += ["", f"To {baseline or 'the rung below'}, {about_}:", ""]
         lines += grid(head, body, "l" + "r" * len(targets))
     return lines
+
+
+def _steps(site: Site) -> list[str]:
+    """Pace of every row on each processor that has timed some, and what follows from it."""
+    target, where = mean_end(site, TORCH_TUNED), processors(site)
+    rows = {name: row_of(site, name, target, TORCH_TUNED) for name in names_of(site)}
+    body = []
+    for name, row in rows.items():
+        cells = []
+        for processor in where:
+            speed = speed_of(site, name, processor)
+            pace = "" if speed is None else f"{speed.ratio:.2f} ± {speed.ratio * speed.error:.2f}x"
+            found = ratio_in_turn(site, row, rows[TORCH_TUNED], processor)
+            cells += [pace, f"{_with_error(found, '{:.2f}')}x" if found and found.pairs else ""]
+        if name != TORCH_TUNED and any(cells):
+            body.append([name, *cells])
+    said = (
+        "Tokens a second to the tuned baseline's, medians with standard errors, and the ratio of "
+        "seconds to its end that follows from them."
+    )
+    head = ["rung", *(f"{p}: {what}" for p in where for what in ("tokens a second", "seconds"))]
+    return [said, "", *grid(head, body, "l" + "r" * (len(head) - 1))]
 
 
 def _kept(site: Site) -> list[str]:

@@ -17,7 +17,7 @@ from experiments.ladder.climb import (
 )
 from experiments.ladder.rungs import RUNGS
 from experiments.ladder.scales import SCALES
-from experiments.ladder.side_by_side import timed
+from experiments.ladder.side_by_side import processors, timed
 from experiments.ladder.trials import SEED, Chosen, changes, edges, tuned_on
 from experiments.ladder.tune import counts, on_record, tuning_path
 from experiments.tables.report import read
@@ -60,11 +60,12 @@ def _seconds(site: Site) -> str:
             "imports, compilation, evaluations and checkpoints included."
         )
     return (
-        "Seconds are those that the tokens take at the pace of steps that were timed in turn, "
-        "rung and tuned baseline, with nothing else on the machine; the runs that found how many "
-        "tokens a rung needs may have shared it. Compiling: the first step of every phase. "
-        "Cold: from the start of the process, imports and compilation included, without reading "
-        "the data, evaluations and checkpoints. A row without seconds has not been timed."
+        "Seconds are those that the tokens take at the pace of steps that were timed in turn, rung "
+        f"and tuned baseline, with nothing else on the machine ({processors(site)[0]}); the runs "
+        "that found how many tokens a rung needs may have shared it. Compiling: the first step of "
+        "every phase. Cold: from the start of the process, imports and compilation included, "
+        "without reading the data, evaluations and checkpoints. A row without seconds has not been "
+        "timed."
     )
 
 

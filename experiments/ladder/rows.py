@@ -192,13 +192,14 @@ def _pairs(of: Row, to: Row, what: str) -> list[float]:
     return [cost(to.reached[s], what) / cost(of.reached[s], what) for s in seeds]
 
 
-def ratio_in_turn(site: Site, of: Row, to: Row) -> Ratio | None:
+def ratio_in_turn(site: Site, of: Row, to: Row, processor: str | None = None) -> Ratio | None:
     """Returns the ratio of tokens, times that of seconds a token that was timed in turn.
 
     Runs of different hours do not tilt it, as they do the ratio of their seconds. None where the
-    steps of either have not been timed (`experiments.ladder.side_by_side`).
+    steps of either have not been timed (`experiments.ladder.side_by_side`), on the processor given
+    or on the one that has timed most.
     """
-    speed = speed_against(site, of.name, to.name)
+    speed = speed_against(site, of.name, to.name, processor)
     return None if speed is None else ratio_of(_pairs(of, to, "tokens"), speed)
 
 

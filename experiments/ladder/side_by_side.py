@@ -3,12 +3,16 @@
 Seconds of whole runs are those of the hour they ran in. Here the step of each rung and that of the
 tuned baseline take turns, each in a process of its own, and their ratio is the median over rounds.
 From them the seconds of a rung are those of its tokens, so that runs may share the machine.
+
+How fast one side's forms are beside the other's is a matter of the processor. Steps are timed on
+each one apart, and seconds are those of the processor that has timed the most rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,51 +63,61 @@ class Clock(NamedTuple):
     starting: float
 
 
-def item_of(site: Site, name: str) -> Measurement:
+def item_of(site: Site, name: str, processor: str) -> Measurement:
     """Returns the measurement of a rung, or of a baseline against the tuned one."""
     jobs = [job_of(site.scale, each, site.scale.tokens, 0) for each in (name, TORCH_TUNED)]
     about = {"side by side": [job.key for job in jobs], "rounds": ROUNDS, "tokens": TOKENS}
-    return Measurement(SIDE_BY_SIDE + name, about, dict)
+    return Measurement(title_of(name, processor), {**about, "processor": processor}, dict)
+
+
+def title_of(name: str, processor: str) -> str:
+    """Returns the title under which the steps of a row stand.
+
+    >>> title_of("muon", "AMD EPYC")
+    'side by side, muon on AMD EPYC'
+    """
+    return f"{SIDE_BY_SIDE}{name} on {processor}"
 
 
 def measure(site: Site, name: str) -> None:
     """Takes in how many times as long the tuned baseline takes for a token as a rung does.
 
-    Does nothing if that is known.
+    Does nothing if that is known of the processor at hand.
     """
-    item = item_of(site, name)
+    facts = machine()
+    item = item_of(site, name, str(facts["processor"]))
     seeds = site.gathered.index.setdefault(_table(site), {}).setdefault(item.name, {})
     if not site.gathered.has(item):
         print(f"\n{item.name}")
         values = {**_measured(site, name), "recipes": _recipes(site.scale, name)}
-        site.gathered.add(item, values, machine())
+        site.gathered.add(item, values, facts)
     seeds["0"] = item.key
     site.save()
 
 
-def speed_of(site: Site, name: str) -> Speed | None:
+def speed_of(site: Site, name: str, processor: str | None = None) -> Speed | None:
     """Returns the ratio of seconds a token, above 1 for a rung faster than the tuned baseline.
 
     Of a median over n normal rounds with quartiles q1 and q3, 1.25 (q3 - q1) / (1.35 sqrt(n)) is
     the standard error.
 
     None if it has not been measured, or of other recipes than today's. It is the same on either
-    split.
+    split. The processor is the one that has timed the most rows unless one is given.
     """
-    key = site.gathered.index.get(_table(site), {}).get(SIDE_BY_SIDE + name, {}).get("0", "")
-    cell = site.gathered.cells.get(key)
-    if cell is None or cell["values"].get("recipes") != _recipes(site.scale, name):
+    if name == TORCH_TUNED:
+        return EQUAL
+    values = _items(site, processor).get(name)
+    if values is None or values["recipes"] != _recipes(site.scale, name):
         return None
-    values = cell["values"]
     low, high = values["quartiles"]
     return Speed(
         values["ratio"], 1.25 * math.log(high / low) / (1.35 * math.sqrt(values["rounds"]))
     )
 
 
-def speed_against(site: Site, name: str, other: str) -> Speed | None:
+def speed_against(site: Site, name: str, other: str, processor: str | None = None) -> Speed | None:
     """Returns the ratio of seconds a token of any row to a row, each by the tuned baseline's."""
-    mine, theirs = (EQUAL if n == TORCH_TUNED else speed_of(site, n) for n in (name, other))
+    mine, theirs = (speed_of(site, each, processor) for each in (name, other))
     if mine is None or theirs is None:
         return None
     return Speed(mine.ratio / theirs.ratio, math.hypot(mine.error, theirs.error))
@@ -111,7 +125,7 @@ def speed_against(site: Site, name: str, other: str) -> Speed | None:
 
 def timed(site: Site) -> bool:
     """Whether any steps of the data set have been timed in turn."""
-    return bool(_items(site))
+    return bool(processors(site))
 
 
 def clock_of(site: Site, name: str) -> Clock | None:
@@ -122,26 +136,39 @@ def clock_of(site: Site, name: str) -> Clock | None:
 
     None if its steps have not been timed, or were for other recipes than today's.
     """
-    speed, items = EQUAL if name == TORCH_TUNED else speed_of(site, name), _items(site)
+    speed, items = speed_of(site, name), _items(site)
     if speed is None or not items:
         return None
     base = Clock(
         *(float(np.median([v["baseline"][what] for v in items.values()])) for what in Clock._fields)
     )
-    own = base._asdict() if name == TORCH_TUNED else items[SIDE_BY_SIDE + name]
+    own = base._asdict() if name == TORCH_TUNED else items[name]
     return Clock(base.token / speed.ratio, own["compiling"], own["starting"])
 
 
-def _items(site: Site) -> dict[str, Mapping[str, Any]]:
-    """All that was timed of the data set against today's tuned baseline, by title."""
+def processors(site: Site) -> list[str]:
+    """Returns the processors that timed steps against today's tuned baseline, most rows first."""
+    counts = Counter(processor for processor, *_ in _timings(site))
+    return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def _items(site: Site, processor: str | None = None) -> dict[str, Mapping[str, Any]]:
+    """All that one processor has timed of the data set, by row."""
+    chosen = next(iter(processors(site)), "") if processor is None else processor
+    return {name: values for where, name, values in _timings(site) if where == chosen}
+
+
+def _timings(site: Site) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yields processor, row and figures of all that was timed against today's tuned baseline."""
     today = recipe_key(site.scale, TORCH_TUNED)
-    found = {}
     for title, seeds in site.gathered.index.get(_table(site), {}).items():
         cell = site.gathered.cells.get(seeds.get("0", ""))
-        values: Mapping[str, Any] = {} if cell is None else cell["values"]
-        if title.startswith(SIDE_BY_SIDE) and values.get("recipes", [])[1:] == [today]:
-            found[title] = values
-    return found
+        if cell is None or not title.startswith(SIDE_BY_SIDE):
+            continue
+        if cell["values"].get("recipes", [])[1:] == [today]:
+            name, _, _ = title.removeprefix(SIDE_BY_SIDE).partition(" on ")
+            facts = site.gathered.machines[cell["machine"]]
+            yield str(facts.get("processor", "")), name, cell["values"]
 
 
 def _recipes(scale: Scale, name: str) -> list[str]:
