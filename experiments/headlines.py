@@ -16,14 +16,29 @@ from experiments.bench.ratios import ratio as ratio_of_rounds
 from experiments.bench.shapes import shape_from_json
 from experiments.grid import Measured, Measurement
 from experiments.json_files import read_json
-from experiments.ladder.climb import BASELINES, TORCH, TORCH_TUNED, Site, scale_named, searched
-from experiments.ladder.rows import Ratio, curves_of, mean_end, names_of, row_of, time_ratio
+from experiments.ladder.climb import (
+    BASELINES,
+    TORCH,
+    TORCH_COMPILED,
+    TORCH_TUNED,
+    Site,
+    scale_named,
+    searched,
+)
+from experiments.ladder.rows import Ratio, curves_of, mean_end, names_of, ratio_in_turn, row_of
 from experiments.ladder.scales import Scale
 from experiments.tables.markdown import grid
 from experiments.tables.report import read
 from model.flops import parameter_count
 
-CLAIM = 5  # seeds: with fewer it is an exploration
+CLAIM, CLEAR = 5, 0.01  # seeds and p: with fewer or above it is an exploration
+AGAINST = {
+    "first loss": (TORCH, TORCH),
+    "tuned loss": (TORCH_TUNED, TORCH_TUNED),
+    "tuned loss, compiled": (TORCH_COMPILED, TORCH_TUNED),
+}
+"""Column -> baseline, and the one whose loss is the target."""
+
 TRAIN = ("train-3m", "train-12m", "train-124m")
 
 
@@ -44,16 +59,17 @@ def speedrun(path: Path, scale: Scale) -> str:
     shown = {name: body for name, body in bodies.items() if f"{name}, test" not in bodies}
     if not shown:
         return ""
-    head = ["data", "rung", "to the first loss", "to the tuned loss"]
+    head = ["data", "rung", *(f"to the {where}" for where in AGAINST)]
     rows = [[name, *row] for name, body in shown.items() for row in body]
     return "\n".join(
         [
             "Times less training to the mean final loss of Hugging Face's GPT-2 in torch: under "
             "Adam at a constant 1e-4 (the first), and under AdamW with tuned rate, schedule, betas "
-            "and decay. Seconds are of tokens at the pace of steps that were timed in turn, where "
-            f"they were; means over paired seeds ± standard errors, of {CLAIM} seeds at least.",
+            "and decay, eager and through `torch.compile`. Seconds are of tokens at the pace of "
+            f"steps that were timed in turn; means over {CLAIM} paired seeds at least ± standard "
+            f"errors, with p < {CLEAR}.",
             "",
-            *grid(head, rows, "llrr"),
+            *grid(head, rows, "llrrr"),
             "",
             f"`python -m experiments.speedrun --scale {scale.name}`: all rungs, targets and "
             f"p-values in [{path.stem}.md](experiments/results/{path.stem}.md).",
@@ -72,25 +88,32 @@ def _headlines(site: Site) -> list[list[str]]:
 
 def _ratios(site: Site, name: str, targets: dict[str, float]) -> list[str]:
     cells = []
-    for baseline, target in targets.items():
-        mine, theirs = (row_of(site, each, target, baseline) for each in (name, baseline))
-        cells.append(_said(time_ratio(site, mine, theirs), mine.seeds))
+    for baseline, loss in AGAINST.values():
+        mine, theirs = (row_of(site, each, targets[loss], loss) for each in (name, baseline))
+        cells.append(_said(ratio_in_turn(site, mine, theirs), len(mine.seeds), len(theirs.seeds)))
     return cells
 
 
-def _said(found: Ratio, seeds: Sequence[int]) -> str:
-    """A ratio with its spread, and how many seeds it is of.
+def _said(found: Ratio | None, seeds: int, of_baseline: int) -> str:
+    """A ratio with its spread and how many seeds it is of, or why there is none to be claimed.
 
-    >>> _said(Ratio(31.24, 0.8, 5), range(5)), _said(Ratio(2.0, math.nan, 1), range(3))
-    ('31.2x ± 0.8, 5 seeds', '2.0x, 1 of 3 seeds')
+    >>> _said(Ratio(31.24, 0.8, 5, 1e-6), 5, 5), _said(Ratio(2.0, 0.4, 5, 0.02), 5, 5)
+    ('31.2x ± 0.8, 5 seeds', 'no claim, p 0.02')
+    >>> _said(Ratio(2.0, 0.4, 3, 0.001), 5, 5), _said(None, 5, 5), _said(None, 5, 0)
+    ('not reached by 2 of 5 seeds', 'not timed', 'not run')
     """
-    if not found.pairs:
-        return "not reached"
-    if math.isnan(found.mean):
+    if not of_baseline:
+        return "not run"
+    if found is None:
         return "not timed"
-    error = "" if math.isnan(found.error) else f" ± {found.error:.1f}"
-    some = f"{found.pairs} of " if found.pairs < len(seeds) else ""
-    return f"{found.mean:.1f}x{error}, {some}{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    pairs = min(seeds, of_baseline)
+    if found.pairs < pairs:
+        return f"not reached by {pairs - found.pairs} of {pairs} seeds"
+    if found.pairs < CLAIM:
+        return f"no claim, {found.pairs} seeds"
+    if not found.p < CLEAR:
+        return f"no claim, p {found.p:.2g}"
+    return f"{found.mean:.1f}x ± {found.error:.1f}, {found.pairs} seeds"
 
 
 def bench(path: Path) -> str:

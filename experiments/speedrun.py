@@ -55,8 +55,8 @@ class Speedrun:
       scale: size of model, data and budget; "tiny" is for trying the command out.
       out: folder of the runs, those of the demo and its results; runs/speedrun-SCALE by default.
       seed: of all runs of the demo.
-      fresh: forget earlier results of this command and run again; with --side-by-side the timed
-        steps alone.
+      fresh: forget earlier results of this command, of the rungs that are named or of all, and run
+        again: runs, trials, or the steps timed on this machine.
       rung: those to run, baselines by their names torch, torch-tuned and torch-tuned-compiled; all
         by default.
       seeds: how many, from 0, for the ladder.

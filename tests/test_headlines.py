@@ -46,19 +46,15 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
     gathered.add(item, timed, {})
     gathered.index[table][item.name] = {"0": item.key}
     before = speedrun(path, TINY)
-    path_before = path.with_name("before.json")
-    path_before.write_text(path.read_text())
     write_data(path, gathered)
-    for _, name, *cells in rows_of(before)[1:]:  # by the runs' own seconds
-        untimed = Site(site.scale, tmp_path, read(path_before))
-        for baseline, cell in zip((TORCH, TORCH_TUNED), cells, strict=True):
-            assert cell == said(untimed, name, baseline)
+    for *_, first, tuned, compiled in rows_of(before)[1:]:  # the runs' own seconds are no claim
+        assert (first, tuned, compiled) == ("not timed", "not timed", "not run")
 
     text = speedrun(path, TINY)
     body = rows_of(text)[1:]
     assert [row[:2] for row in body] == [[table, "jax"], [table, "muon"]]  # no other is a headline
-    for _, name, first, tuned in body:
-        assert first in ("not timed", "not reached")  # the first baseline has not been
+    for _, name, first, tuned, compiled in body:
+        assert (first, compiled) == ("not timed", "not run")  # the first baseline has not been
         target = mean_end(site, TORCH_TUNED)
         two = [row_of(site, each, target, TORCH_TUNED) for each in (name, TORCH_TUNED)]
         half = f"{ratio(*two, 'tokens').mean / 2:.1f}x"  # at half the tokens a second

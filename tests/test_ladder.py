@@ -159,7 +159,11 @@ def point(bits, seconds, step=1):
 
 def test_the_first_crossing_counts_and_the_fastest_run():
     run = [point("nan", 1.0), point(3.0, 2.0), point(1.9, 3.0, step=3), point(2.2, 4.0, step=4)]
-    assert reached(run, 2.0).training == 3.0
+    assert reached(run, 1.9).training == 3.0
+    assert 2.0 < reached(run, 2.0).training < 3.0  # a line in the logarithm of tokens
+    tokens = [e["tokens"] for e in run[1:3]]
+    assert reached(run, 2.0).tokens == round(tokens[0] * (tokens[1] / tokens[0]) ** (1 / 1.1))
+    assert reached([run[0], run[2]], 2.0).training == 3.0  # nothing to read it off
     assert reached(run[:2], 2.0) is None
     quick = [point(2.0, 2.5, step=2)]
     assert fastest([run, quick], 2.0).training == 2.5
@@ -241,7 +245,11 @@ def test_the_whole_ladder_is_climbed_once_and_written_from_the_json_alone(tmp_pa
     assert text.read_text() == content
     fresh = ladder(tmp_path, rungs=("torch",), cells=tmp_path / "fresh", fresh=True)
     run_ladder(fresh)
-    assert len(fresh.run.ran) == 2 * TINY.target_seeds  # both baselines: there has to be a target
+    assert len(fresh.run.ran) == TINY.target_seeds  # of the row that is named alone
+    assert "| muon |" in text.read_text()
+    fresh = ladder(tmp_path, rungs=(), cells=tmp_path / "all", fresh=True)
+    fresh = dataclasses.replace(fresh, max_minutes=0.0)
+    run_ladder(fresh)
     assert "| muon |" not in text.read_text()
 
 
@@ -275,7 +283,8 @@ def test_a_baseline_counts_with_all_of_its_run_where_a_seed_ends_above_the_mean(
 def test_a_baseline_that_never_arrives_gives_a_lower_bound(tmp_path):
     site = Site(TINY, tmp_path, Gathered({}), run=fake)
     for name in (TORCH, TORCH_TUNED):
-        site.outcome(name, TINY.tokens, 0)
+        for seed in range(TINY.target_seeds):
+            site.outcome(name, TINY.tokens, seed)
     site.outcome("muon", TINY.tokens, 0)
     target = rows.mean_end(site, TORCH_TUNED)
     ours = rows.row_of(site, "muon", target)
@@ -290,6 +299,8 @@ def test_a_baseline_that_never_arrives_gives_a_lower_bound(tmp_path):
         ({"seeds": 0}, "give at least 1"),
         ({"scale": "gpu"}, "has no data of its own"),
         ({"tune": ("muon",), "sizes": True}, "a command of its own"),
+        ({"tune": ("muon",), "rungs": ("muon",)}, "names its rungs itself"),
+        ({"side_by_side": True, "seeds": 3}, "whatever the seed"),
         ({"tune": ("softcap",)}, "softcap has nothing to tune; there are trials for torch-tuned"),
         ({"held_out": "test", "sizes": True}, "never see the test split"),
         ({"held_out": "test"}, "opened for rungs that are named"),

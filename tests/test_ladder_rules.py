@@ -97,11 +97,11 @@ BASE = {"token": 1e-3, "compiling": 1.0, "starting": 2.0}
 
 def put_speeds(site, speeds, processor="one"):
     for name, ratio in speeds.items():
-        item = item_of(site, name, processor)
+        item = item_of(site, name, f"{processor}, 2 cores")
         recipes = [recipe_key(site.scale, each) for each in (name, TORCH_TUNED)]
         values = {"quartiles": [ratio, 1.1 * ratio], "rounds": 9, "recipes": recipes}
         values |= {"compiling": 3.0, "starting": 4.0, "baseline": BASE}
-        site.gathered.add(item, {"ratio": ratio, **values}, {"processor": processor})
+        site.gathered.add(item, {"ratio": ratio, **values}, {"processor": processor, "cores": 2})
         table = site.gathered.index.setdefault(site.table, {})
         table[item.name] = {"0": item.key}
 
@@ -111,19 +111,19 @@ def test_processors_are_told_apart_and_seconds_are_of_the_one_that_timed_most(tm
     site = Site(TINY, tmp_path, read(path))
     put_speeds(site, {"muon": 0.5, "rate": 2.0}, "two")
     put_speeds(site, {"muon": 0.8}, "one")
-    assert processors(site) == ["two", "one"]
-    assert speed_of(site, "muon").ratio == speed_of(site, "muon", "two").ratio == 0.5
-    assert speed_of(site, "muon", "one").ratio == 0.8
-    assert speed_of(site, "rate", "one") is None
+    assert processors(site) == ["two, 2 cores", "one, 2 cores"]
+    assert speed_of(site, "muon").ratio == speed_of(site, "muon", "two, 2 cores").ratio == 0.5
+    assert speed_of(site, "muon", "one, 2 cores").ratio == 0.8
+    assert speed_of(site, "rate", "one, 2 cores") is None
     text = "\n".join(render(site, path))
-    assert "nothing else on the machine (two)" in text
+    assert "nothing else on the machine (two, 2 cores)" in text
     name, pace, seconds, other, more = cells_of(text, "muon", "### Steps in turn, by processor")
     assert (pace[:4], other[:4]) == ("0.50", "0.80")
     in_turn = float(seconds.split()[0])
     assert float(more.split()[0]) == pytest.approx(in_turn * 0.8 / 0.5, abs=0.02)
     assert cells_of(text, "muon", "#### To torch-tuned\n")[1] == seconds
     put_speeds(site, {"rate": 1.0, "jax": 1.0}, "one")
-    assert processors(site) == ["one", "two"]
+    assert processors(site) == ["one, 2 cores", "two, 2 cores"]
 
 
 def test_a_row_that_was_not_timed_where_others_were_has_no_seconds(tmp_path):
@@ -204,12 +204,14 @@ def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures
                 assert all(e.startswith("> ") for e in (whole, compiled, cold, tokens))
                 continue
             of = lambda what, name=name, found=found: rows.ratio(found["muon"], found[name], what)
-            for what, cell in {"compiled": compiled, "cold": cold, "tokens": tokens}.items():
-                assert cell == f"{of(what).mean:.2f} ± {of(what).error:.2f}x"
+            assert tokens == f"{of('tokens').mean:.2f} ± {of('tokens').error:.2f}x"
+            for what, cell in {"compiled": compiled, "cold": cold}.items():
+                mean, error = cell.removesuffix("x").split(" ± ")
+                assert mean == f"{of(what).mean:.2f}"
+                assert float(error) > of(what).error  # that of the paces stands in it besides
             assert of("training").mean == pytest.approx(
                 of("tokens").mean * 0.5 / speeds[name], rel=1e-3
             )
-            # The error of the paces stands in it besides.
             turned = rows.ratio_in_turn(site, found["muon"], found[name])
             assert whole == f"{turned.mean:.2f} ± {turned.error:.2f}x"
             assert turned.error > of("training").error

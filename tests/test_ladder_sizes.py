@@ -76,6 +76,8 @@ def test_steps_are_timed_anew_without_the_runs(tmp_path, monkeypatch):
     changed = {key for key, cell in after.cells.items() if cell != before.cells[key]}
     assert len(changed) == 2
     assert after.index == before.index
+    run_ladder(dataclasses.replace(timed, rungs=("muon",), fresh=True))
+    assert taken == [*["rate", "muon"] * 2, "muon"]
     run_ladder(dataclasses.replace(runs, run=(again := Counting())))
     assert again.ran == []
 

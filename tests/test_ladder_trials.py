@@ -114,7 +114,7 @@ def test_a_trial_of_the_baseline_is_the_ladders_baseline_with_other_choices():
 def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     command = tuned(tmp_path)
     path, text = run_ladder(command)
-    assert len(command.run.ran) == 88
+    assert len(command.run.ran) == 90
     found = chain(read(path), TINY)
     after = found[-1].after
     for name, value in BEST["torch"].items():
@@ -124,7 +124,7 @@ def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     assert (after.muon.learning_rate, after.muon.adam_learning_rate) == (0.02, BEST["adam"])
     assert (after.embedding_rate, after.head_rate) == (4.0, 1.0)
     content = text.read_text()
-    assert "44 of the tuned torch baseline, 44 of ours" in content
+    assert "45 of the tuned torch baseline, 45 of ours" in content
     printed = capsys.readouterr().out
     for lines in (content, printed):
         assert "betas: AT AN EDGE of the grid: torch_adamw.b1 0.7 is the lowest" in lines
@@ -145,7 +145,7 @@ def test_the_ladder_takes_the_choices_of_the_trials_and_prints_both_grids(tmp_pa
     command = ladder(tmp_path, rungs=("rate",), tuned=True)
     assert scale_of(command).choices.torch_adamw.b1 == 0.7
     text = run_ladder(command)[1].read_text()
-    assert "44 of the tuned torch baseline, 44 of ours" in text
+    assert "45 of the tuned torch baseline, 45 of ours" in text
     for group in groups():
         line = next(x for x in text.splitlines() if x.startswith(f"* {group.name} ("))
         assert line.count(";") == len(group.trials(TINY)) - 1

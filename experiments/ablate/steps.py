@@ -14,6 +14,7 @@ import numpy as np
 from compress.distillation.teacher_targets import top_k_targets
 from compress.quantization.probe import time_interleaved
 from experiments.ablate.random_weights import like
+from experiments.compilation import compiler_options
 from experiments.methods.cached_answers import PREFIX
 from experiments.methods.distill import Distil, Teacher
 from experiments.methods.distill_cached import DistilCached, Resolved
@@ -81,7 +82,9 @@ def stepper(settings: Settings, config: TransformerConfig) -> Callable[[], Any]:
     """
     parts = assemble(settings, config)
     plugs = parts.plugs
-    compiled = jax.jit(_step(settings, parts), donate_argnums=0)
+    compiled = jax.jit(
+        _step(settings, parts), donate_argnums=0, compiler_options=compiler_options()
+    )
     frozen = like(abstract_frozen(settings, parts))
     params, _ = jax.jit(lambda: plugs.split(initial_params(settings, config)))()
     state = jax.jit(lambda p, f: first_state(settings, parts, p, f))(params, frozen)

@@ -44,7 +44,8 @@ def run_apart(job: Job, folder: Path) -> None:
     path = folder / f"{job.key}.job.json"
     write_json(path, {**job_to_json(job), "started": time.time()})
     command = [sys.executable, "-m", "experiments.ladder.child", str(path), str(folder)]
-    status = subprocess.run(command, env=_environment(job), check=False).returncode
+    environment = {**os.environ, **environment_of(job)}
+    status = subprocess.run(command, env=environment, check=False).returncode
     if status in (130, -2, 143, -15):
         raise KeyboardInterrupt(f"{job.name} was stopped; the same command goes on from there")
     if status:
@@ -114,12 +115,13 @@ def job_from_json(content: dict[str, Any]) -> Job:
     return Cell(content["name"], from_json(content["settings"], METHODS), loop)
 
 
-def _environment(job: Job) -> dict[str, str]:
+def environment_of(job: Job) -> dict[str, str]:
+    """Returns the variables of a process that compiles everything anew, as a first start does."""
     changes = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     if isinstance(job, BaselineCell):
         changes["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
         changes["JAX_PLATFORMS"] = "cpu"  # leaves a GPU and its memory to torch
-    return {**os.environ, **changes}
+    return changes
 
 
 def main() -> None:

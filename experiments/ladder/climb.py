@@ -83,6 +83,17 @@ class Site:
         """The same on the split that all is chosen on."""
         return dataclasses.replace(self, scale=self.scale.at(held_out="validation"))
 
+    def begin(self, what: str) -> None:
+        """Says what is run next.
+
+        Raises:
+          TimeoutError: the minutes are up.
+        """
+        spent = (time.monotonic() - self.begun) / 60
+        if self.minutes is not None and spent > self.minutes:
+            raise TimeoutError(f"{what}, is left for another time")
+        print(f"\n{what}  ({spent:.1f} min)")
+
     def outcome(self, name: str, tokens: int, seed: int) -> Mapping[str, Any]:
         """Returns what a run gave, and runs it if it is not there.
 
@@ -115,10 +126,7 @@ class Site:
         if not self.gathered.has(item):
             values = _values(job, self.folder)
             if values is None:
-                if self.minutes is not None and time.monotonic() - self.begun > 60 * self.minutes:
-                    raise TimeoutError(f"{job.name}, seed {seed}, is left for another time")
-                spent = (time.monotonic() - self.begun) / 60
-                print(f"\n{job.name}, seed {seed}  ({spent:.1f} min)")
+                self.begin(f"{job.name}, seed {seed}")
                 self.run(job, self.folder)
                 values = _values(job, self.folder)
                 if values is None:
@@ -337,7 +345,15 @@ def _title(name: str, tokens: int) -> str:
 def _item(job: Job, seed: int) -> Cell | Measurement:
     if isinstance(job, Cell):
         return job
-    return Measurement(job.name, {"baseline": job.key, "seed": seed}, dict)
+    about = {"baseline": job.key, "seed": seed}
+    return Measurement(job.name, about, dict, needs=(settings_cell(job),))
+
+
+def settings_cell(job: Job) -> Cell:
+    """Returns a cell with the settings of a job of either side: what its result comes from."""
+    if isinstance(job, Cell):
+        return job
+    return Cell(job.name, job.baseline.settings, job.loop)
 
 
 def _values(job: Job, folder: Path) -> dict[str, Any] | None:

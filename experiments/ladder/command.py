@@ -29,7 +29,7 @@ from experiments.ladder.report import render
 from experiments.ladder.rows import mean_end
 from experiments.ladder.rungs import RUNGS, rung_named
 from experiments.ladder.scales import SCALES, Choices, HeldOut, Scale
-from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure
+from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure, processor_of
 from experiments.ladder.trials import chain, tuned_on
 from experiments.ladder.tune import run_tuning, standing, tuning_path
 from experiments.ladder.turns import pace
@@ -56,7 +56,8 @@ class Ladder:
       sizes: measure at four sizes in place of the ladder.
       side_by_side: time steps of rungs and tuned baseline in turn, in place of running them; at
         four sizes together with `sizes`.
-      fresh: forget what is gathered of this data, or the steps that were timed alone.
+      fresh: forget what is gathered of this data: runs, trials or timed steps, whichever is asked
+        for, of the rungs that are named or of all.
       results: where it is kept.
       run: runs a cell.
       pace: times two cells in turn.
@@ -97,6 +98,14 @@ def run_ladder(command: Ladder) -> list[Path]:
         raise ValueError(f"{command.seeds} seeds are none; give at least 1")
     if command.tune and (command.sizes or command.side_by_side):
         raise ValueError("--tune is a command of its own; give it without --sizes, --side-by-side")
+    if command.tune and (command.rungs or command.seeds > 1):
+        raise ValueError(
+            "--tune names its rungs itself, and has a seed of its own: no --rung, --seeds"
+        )
+    if command.side_by_side and command.seeds > 1:
+        raise ValueError(
+            "steps take as long whatever the seed; leave --seeds out of --side-by-side"
+        )
     if command.held_out == "test" and (command.tune or command.sizes or command.side_by_side):
         raise ValueError(
             "--held-out test is for the ladder alone: trials and sizes never see the test split, "
@@ -116,7 +125,7 @@ def run_ladder(command: Ladder) -> list[Path]:
     )
     failures = Failures()
     if command.fresh:
-        _forget(site, steps_alone=command.side_by_side)
+        _forget(site, command)
     if command.tune:
         written = run_tuning(site, command.tune, path, failures)
     elif command.sizes and command.side_by_side:
@@ -159,19 +168,28 @@ def _trials_of(command: Ladder, site: Site) -> Site:
     return Site(plain, command.cells, trials)
 
 
-def _forget(site: Site, *, steps_alone: bool) -> None:
-    """Forgets what is gathered of the data, and of its trials and sizes.
+def _forget(site: Site, command: Ladder) -> None:
+    """Forgets what a command would make: steps timed by this processor, trials, or runs.
 
-    Args:
-      site: of the data.
-      steps_alone: only the steps that this processor has timed.
+    Of the rows that are named, or of all.
     """
-    gathered, ours = site.gathered, f" on {machine()['processor']}"
-    for rows in (of for table, of in gathered.index.items() if site.table in table):
+    names = command.tune if "all" not in command.tune else ()
+    names = names or command.rungs
+    here = processor_of(machine())
+    for table, rows in site.gathered.index.items():
+        if site.table not in (table, *table.split(": ")):  # of a size, or of a group of trials
+            continue
         for title in list(rows):
-            if not steps_alone or (title.startswith(SIDE_BY_SIDE) and title.endswith(ours)):
+            timed = title.removeprefix(SIDE_BY_SIDE)
+            if command.side_by_side != (timed != title):
+                continue
+            if command.tune:
+                name = table.rpartition(": ")[2].partition(", ")[0]
+            else:
+                name = timed.removesuffix(f" on {here}") if timed != title else title.split(", ")[0]
+            if " on " not in name and (not names or name in names):
                 for key in rows.pop(title).values():
-                    gathered.cells.pop(key, None)
+                    site.gathered.cells.pop(key, None)
 
 
 def scale_of(command: Ladder) -> Scale:

@@ -7,7 +7,6 @@ it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +23,10 @@ from experiments.ladder.climb import (
     lengths_of,
     searched,
 )
-from experiments.ladder.measure import Reached, reached
+from experiments.ladder.measure import Reached, whole
 from experiments.ladder.rows import Ratio, mean_end, priced, ratio_of
 from experiments.ladder.rungs import RUNGS
+from experiments.ladder.side_by_side import speed_against, timed
 
 Planning = Mapping[tuple[str, int], set[int]]
 
@@ -126,10 +126,18 @@ class Planned:
     name: str
     ends: Mapping[int, Reached]
 
-    def to(self, other: Planned) -> Ratio:
-        """Returns how many times the seconds of training the whole runs of another row took."""
-        seeds = sorted(set(self.ends) & set(other.ends))
-        return ratio_of([other.ends[s].training / self.ends[s].training for s in seeds])
+
+def planned_ratio(site: Site, of: Planned, to: Planned) -> Ratio | None:
+    """Returns how many times the seconds of training the whole runs of another row took.
+
+    By the runs' own seconds where no steps have been timed; None where others' have.
+    """
+    speed = speed_against(site, of.name, to.name)
+    seeds = sorted(set(of.ends) & set(to.ends))
+    if speed is None:
+        seconds = [to.ends[s].training / of.ends[s].training for s in seeds]
+        return None if timed(site) else ratio_of(seconds)
+    return ratio_of([to.ends[s].tokens / of.ends[s].tokens for s in seeds], speed)
 
 
 def planned_row(site: Site, name: str, baseline: str) -> Planned:
@@ -140,6 +148,6 @@ def planned_row(site: Site, name: str, baseline: str) -> Planned:
         runs = lengths_of(site, name, seed)
         length = planned(site, name, seed, baseline) if runs else None
         # The last evaluation, whatever it is: the run counts with all that it took.
-        if length in runs and (last := reached(runs[length]["points"][-1:], math.inf)):
-            ends[seed] = priced(site, name, last)
+        if length in runs and (points := runs[length]["points"]):
+            ends[seed] = priced(site, name, whole(points[-1]))
     return Planned(name, ends)

@@ -1,8 +1,9 @@
-"""What a loss costs: at a run's first evaluation under it, or between the ends of two runs.
+"""What a loss costs: between the ends of two runs, or between two evaluations of one.
 
 A rung's length is known no better than the lengths that were tried. Two of them, one that ends over
 a target and one under it, give what lies between by a line in the logarithm of tokens; so rows are
-compared by what they need, not by which lengths a search happened to try.
+compared by what they need, not by which lengths a search happened to try, nor by how often each is
+evaluated.
 """
 
 from __future__ import annotations
@@ -85,17 +86,30 @@ def points_of(result: Result, outside: float | None = None) -> list[dict[str, An
 
 
 def reached(points: Iterable[Values], target: float) -> Reached | None:
-    """Returns the first evaluation at or under a target in bits per byte, or None.
+    """Returns the costs at which a run first is at a target in bits per byte, or None.
 
-    >>> row = {"loss": 1.0, "steps": 1, "tokens": 8, "flops": 1.0, "training": 1.0,
-    ...        "compiling": 0.0, "cold": 1.0}
-    >>> reached([row | {"bits": 3.0}, row | {"bits": 1.9, "steps": 2}], 2.0).steps
-    2
+    They lie on the line from the evaluation before to the first one at or under the target, as in
+    `between`; the first evaluation of all counts as it is.
+
+    >>> row = {"loss": 1.0, "flops": 1.0, "training": 1.0, "compiling": 0.0, "cold": 1.0}
+    >>> high, low = (row | {"bits": 2.2, "steps": 10, "tokens": 100},
+    ...              row | {"bits": 1.8, "steps": 20, "tokens": 200})
+    >>> reached([high, low], 2.0).tokens, reached([low], 2.0).tokens, reached([high], 2.0)
+    (141, 200, None)
     """
+    before: Values | None = None
     for point in points:
         if float(point["bits"]) <= target:
-            return Reached(**{name: _number(value) for name, value in point.items()})
+            if before is not None and math.isfinite(float(before["bits"])):
+                return _on_the_line(before, point, _tokens_at(before, point, target), target)
+            return whole(point)
+        before = point
     return None
+
+
+def whole(point: Values) -> Reached:
+    """Returns the costs of an evaluation as it is."""
+    return Reached(**{name: _number(value) for name, value in point.items()})
 
 
 def between(runs: Sequence[Sequence[Values]], target: float, beyond: float = 1.0) -> Reached | None:
@@ -129,22 +143,28 @@ def between(runs: Sequence[Sequence[Values]], target: float, beyond: float = 1.0
             apart = high["tokens"] / low["tokens"]
             if not (1 < apart <= NEAR and worse > better):
                 continue
-            tokens = low["tokens"] * apart ** ((worse - target) / (worse - better))
+            tokens = _tokens_at(low, high, target)
             if low["tokens"] / reach <= tokens <= high["tokens"] * reach:
                 return _on_the_line(low, high, tokens, target)
     return None
+
+
+def _tokens_at(low: Values, high: Values, target: float) -> float:
+    worse, better = float(low["bits"]), float(high["bits"])
+    share = (worse - target) / (worse - better)
+    return float(low["tokens"] * (high["tokens"] / low["tokens"]) ** share)
 
 
 def _on_the_line(low: Values, high: Values, tokens: float, target: float) -> Reached:
     share = (tokens - low["tokens"]) / (high["tokens"] - low["tokens"])
     ends = {name: (_number(low[name]), _number(high[name])) for name in COSTS}
     costs = {name: first + share * (last - first) for name, (first, last) in ends.items()}
-    whole = {name: round(costs[name]) for name in ("steps", "tokens")}
-    return Reached(**{**costs, **whole, "bits": target})
+    counts = {name: round(costs[name]) for name in ("steps", "tokens")}
+    return Reached(**{**costs, **counts, "bits": target})
 
 
 def fastest(runs: Sequence[Sequence[Values]], target: float, beyond: float = 1.0) -> Reached | None:
-    """Returns what a target costs a row: between two of its runs, or else at a first crossing.
+    """Returns what a target costs a row: between two of its runs, or else within one of them.
 
     Of several crossings the one with fewest tokens counts.
     """

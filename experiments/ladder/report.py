@@ -16,22 +16,21 @@ from experiments.ladder.climb import (
     recipe_for,
     searched,
 )
-from experiments.ladder.held_out import planned_row
+from experiments.ladder.held_out import planned_ratio, planned_row
 from experiments.ladder.report_about import about
 from experiments.ladder.rows import (
     Ratio,
     Row,
     at_least,
     compared_with,
+    cost_ratio,
     curves_of,
     further_targets,
     mean_and_error,
     mean_end,
     names_of,
-    ratio,
     ratio_in_turn,
     row_of,
-    time_ratio,
 )
 from experiments.ladder.rungs import formats_of, rung_named
 from experiments.ladder.side_by_side import processors, speed_of, timed
@@ -137,7 +136,7 @@ def _ratio(
     """A ratio and its p-value; a lower bound where a baseline did not get there."""
     if to is None or to == row.name or to not in rows:
         return "", ""
-    found = time_ratio(site, row, rows[to]) if what == "training" else ratio(row, rows[to], what)
+    found = cost_ratio(site, row, rows[to], what)
     if found.pairs and not math.isnan(found.mean):
         return f"{_with_error(found, '{:.2f}')}x", p_value(found)
     least = at_least(site, row, to, what) if to in BASELINES else math.nan
@@ -179,15 +178,15 @@ def _planned(site: Site, baseline: str, target: float) -> list[str]:
         tokens = mean_and_error([end.tokens / 1e3 for end in ends])
         bits = mean_and_error([end.bits for end in ends])
         over = mean_and_error([end.bits - target for end in ends])
-        found = row.to(to)
+        found = None if name == baseline else planned_ratio(site, row, to)
         there = sum(end.bits <= target for end in ends)
         body.append(
             [
                 *(name, str(len(ends)), _with_error(tokens, "{:,.0f}")),
                 *(_with_error(bits, "{:.4f}"), _with_error(over, "{:+.4f}"), str(there)),
                 _with_error(mean_and_error([end.training for end in ends]), "{:.1f}"),
-                f"{_with_error(found, '{:.2f}')}x" if name != baseline and found.pairs else "",
-                p_value(found) if name != baseline else "",
+                f"{_with_error(found, '{:.2f}')}x" if found and found.pairs else "",
+                p_value(found) if found else "",
             ]
         )
     head = ["rung", "seeds", "tokens, k", "bits at the end", "over the target"]
@@ -206,9 +205,9 @@ def _ranges(site: Site) -> list[str]:
     if not targets or any(map(math.isnan, targets)):
         return ["The baselines have not run yet."]
     lines = [
-        "To so many bits per byte; each row takes what lies between two of its runs, or the "
-        "fastest of them, whatever length they were planned for, and > is against all of a "
-        "baseline that did not get there.",
+        "To so many bits per byte; each row takes what lies between two of its runs, or two "
+        "evaluations of the fastest of them, whatever length it was planned for, and > is against "
+        "all of a baseline that did not get there.",
     ]
     for baseline, what, about_ in RANGES:
         body = []
@@ -218,7 +217,8 @@ def _ranges(site: Site) -> list[str]:
                 continue
             cells = []
             for target in targets:
-                rows = {n: row_of(site, n, target, TORCH_TUNED) for n in (name, to)}
+                ends = TORCH if target == mean_end(site, TORCH) else TORCH_TUNED
+                rows = {n: row_of(site, n, target, ends) for n in (name, to)}
                 one = _ratio(site, rows[name], rows, to, what)[0]
                 if name == to:
                     one = "1" if rows[name].reached else ""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.busy import TOLERATED
 from experiments.ladder.climb import (
     BASELINES,
     TORCH_TUNED,
@@ -15,9 +16,10 @@ from experiments.ladder.climb import (
     data_name,
     recipe_for,
 )
+from experiments.ladder.measure import BEYOND
 from experiments.ladder.rungs import RUNGS
 from experiments.ladder.scales import SCALES
-from experiments.ladder.side_by_side import processors, timed
+from experiments.ladder.side_by_side import busy, processors, timed
 from experiments.ladder.trials import SEED, Chosen, changes, edges, tuned_on
 from experiments.ladder.tune import counts, on_record, tuning_path
 from experiments.tables.report import read
@@ -38,8 +40,8 @@ def about(site: Site, path: Path) -> list[str]:
         "however many a rung has. Every rung looks for the length of its schedule by one rule "
         f"(`experiments/ladder/search.py`), with at most {scale.search.runs} runs a seed; its "
         "costs are interpolated between the two that end on either side of the target "
-        "(`experiments/ladder/measure.py`), and where there are no such two the first evaluation "
-        f"at or under it counts, of {scale.evaluations} a run. "
+        "(`experiments/ladder/measure.py`), and where there are no such two between evaluations of "
+        f"a run, {scale.evaluations} of them. "
         "Figures are means over seeds ± standard errors; ratios are of paired seeds, above 1 is "
         "faster, p is of a two-sided paired t-test of their logarithms. "
         f"{_seconds(site)} {_split(site)}",
@@ -60,13 +62,18 @@ def _seconds(site: Site) -> str:
             "imports, compilation, evaluations and checkpoints included."
         )
     return (
-        "Seconds are those that the tokens take at the pace of steps that were timed in turn, rung "
-        f"and tuned baseline, with nothing else on the machine ({processors(site)[0]}); the runs "
-        "that found how many tokens a rung needs may have shared it. Compiling: the first step of "
-        "every phase. Cold: from the start of the process, imports and compilation included, "
-        "without reading the data, evaluations and checkpoints. A row without seconds has not been "
-        "timed."
+        "Seconds are those that the tokens take at the pace of steps that were timed in turn, "
+        f"rung and tuned baseline, with {_beside(site)} on the machine ({processors(site)[0]}); "
+        "the runs that found how many tokens a rung needs may have shared it. Compiling: the first "
+        "step of every phase. Cold: from the start of the process, imports and compilation "
+        "included, without reading the data, evaluations and checkpoints. A row without seconds "
+        "has not been timed."
     )
+
+
+def _beside(site: Site) -> str:
+    cores = busy(site)
+    return "nothing else" if cores <= TOLERATED else f"up to {cores:.1f} cores busy otherwise"
 
 
 def _split(site: Site) -> str:
@@ -77,7 +84,8 @@ def _split(site: Site) -> str:
         )
     return (
         "Losses are of the test split, which no trial and no search has seen: the lengths are "
-        "those that suited the validation split, and its runs were trained once more."
+        "those that suited the validation split, and its runs were trained once more; a target "
+        f"up to {BEYOND:g} times the tokens past them is read off the same line."
     )
 
 
@@ -122,6 +130,7 @@ def _trials(site: Site, path: Path) -> list[str]:
         return [f"{guess} (`python -m experiments.speedrun --scale {plain.name} --tune all`)."]
     there = tuned_on(read(tuning_path(path, plain)), site.scale)
     lines = [f"{counts(found)} One run each of seed {SEED}, on the validation split."]
+    lines[0] += " Ours take betas, decay, clipping and warmup of AdamW over from the baseline's."
     if data_name(there) != data_name(site.scale.at(held_out="validation")):
         lines[0] += (
             f" They are of {data_name(there.at(held_out='validation'))}: rates, schedules and batch"

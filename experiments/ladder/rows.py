@@ -18,7 +18,7 @@ from experiments.ladder.climb import (
     Site,
     lengths_of,
 )
-from experiments.ladder.measure import BEYOND, Reached, fastest, last_bits
+from experiments.ladder.measure import BEYOND, Reached, fastest, last_bits, whole
 from experiments.ladder.rungs import RUNGS, below
 from experiments.ladder.side_by_side import EQUAL, Speed, clock_of, speed_against, timed
 
@@ -101,8 +101,7 @@ def row_of(site: Site, name: str, target: float, end_of: str | None = None) -> R
     for seed, runs in curves.items():
         there = fastest(runs, target, beyond)
         if there is None and ends_it:
-            longest = runs[-1]
-            there = fastest([longest], last_bits(longest))
+            there = whole(runs[-1][-1])
         if there is not None:
             found[seed] = priced(site, name, there)
     peaks = [
@@ -203,13 +202,17 @@ def ratio_in_turn(site: Site, of: Row, to: Row, processor: str | None = None) ->
     return None if speed is None else ratio_of(_pairs(of, to, "tokens"), speed)
 
 
-def time_ratio(site: Site, of: Row, to: Row) -> Ratio:
-    """Returns the ratio of seconds of training: in turn where both were timed so, or of the runs.
+def cost_ratio(site: Site, of: Row, to: Row, what: str = "training") -> Ratio:
+    """Returns the ratio of a cost, with the error of the pace that its seconds come from.
 
     A row that has no seconds, since others were timed and it was not, has no ratio either (NaN).
     """
-    found = ratio_in_turn(site, of, to)
-    return ratio(of, to) if found is None else found
+    speed = speed_against(site, of.name, to.name)
+    if speed is None or what == "tokens":
+        return ratio(of, to, what)
+    if what == "training":
+        return ratio_of(_pairs(of, to, "tokens"), speed)
+    return ratio_of(_pairs(of, to, what), Speed(1.0, speed.error))
 
 
 def at_least(site: Site, of: Row, baseline: str, what: str = "training") -> float:
@@ -220,10 +223,8 @@ def at_least(site: Site, of: Row, baseline: str, what: str = "training") -> floa
     found = []
     for seed, runs in curves_of(site, baseline).items():
         if seed in of.reached:
-            whole = fastest([runs[-1]], last_bits(runs[-1]))
-            if whole is not None:
-                whole = priced(site, baseline, whole)
-                found.append(cost(whole, what) / cost(of.reached[seed], what))
+            all_of_it = priced(site, baseline, whole(runs[-1][-1]))
+            found.append(cost(all_of_it, what) / cost(of.reached[seed], what))
     return mean_and_error(found)[0]
 
 
@@ -243,13 +244,15 @@ def compared_with(name: str) -> str | None:
 def mean_end(site: Site, baseline: str) -> float:
     """Returns the mean bits per byte at the end of a baseline's whole budget; NaN without runs.
 
-    Of the scale's `target_seeds` first seeds alone: further ones move no target.
+    Of the scale's `target_seeds` first seeds, all of them and no further ones: so that it never
+    moves.
     """
     ends = []
     for seed in range(site.scale.target_seeds):
-        whole = lengths_of(site, baseline, seed).get(site.scale.tokens)
-        if whole is not None:
-            ends.append(last_bits(whole["points"]))
+        run = lengths_of(site, baseline, seed).get(site.scale.tokens)
+        if run is None:
+            return math.nan
+        ends.append(last_bits(run["points"]))
     return mean_and_error(ends)[0]
 
 
@@ -257,11 +260,11 @@ def further_targets(site: Site, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> 
     """Returns the mean bits per byte of the tuned baseline after shares of its budget, falling."""
     ends: list[list[float]] = [[] for _ in shares]
     for seed in range(site.scale.target_seeds):
-        whole = lengths_of(site, TORCH_TUNED, seed).get(site.scale.tokens)
-        if whole is None:
+        run = lengths_of(site, TORCH_TUNED, seed).get(site.scale.tokens)
+        if run is None:
             continue
         for share, found in zip(shares, ends, strict=True):
             due = share * site.scale.tokens
-            late = [p for p in whole["points"] if p["tokens"] >= due]
+            late = [p for p in run["points"] if p["tokens"] >= due]
             found.append(float(late[0]["bits"]))
     return [float(np.mean(found)) for found in ends if found]

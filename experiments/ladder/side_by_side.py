@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.busy import busy_cores
 from experiments.grid import Measurement
 from experiments.ladder.climb import (
     TORCH_TUNED,
@@ -24,6 +25,7 @@ from experiments.ladder.climb import (
     data_name,
     job_of,
     recipe_key,
+    settings_cell,
 )
 from experiments.ladder.scales import Scale
 from experiments.ladder.turns import ROUNDS, TOKENS, Taken, Turn, settings_of, take_turns
@@ -63,18 +65,30 @@ class Clock(NamedTuple):
     starting: float
 
 
+def processor_of(facts: Mapping[str, Any]) -> str:
+    """Returns what steps are timed on, by the facts of a machine.
+
+    >>> processor_of({"processor": "AMD EPYC", "cores": 2})
+    'AMD EPYC, 2 cores'
+    >>> processor_of({"processor": "AMD EPYC", "cores": 2, "gpu": "NVIDIA H100 80GB HBM3"})
+    'NVIDIA H100 80GB HBM3'
+    """
+    return str(facts.get("gpu", f"{facts.get('processor', '')}, {facts.get('cores', 0)} cores"))
+
+
 def item_of(site: Site, name: str, processor: str) -> Measurement:
     """Returns the measurement of a rung, or of a baseline against the tuned one."""
     jobs = [job_of(site.scale, each, site.scale.tokens, 0) for each in (name, TORCH_TUNED)]
     about = {"side by side": [job.key for job in jobs], "rounds": ROUNDS, "tokens": TOKENS}
-    return Measurement(title_of(name, processor), {**about, "processor": processor}, dict)
+    needs = tuple(map(settings_cell, jobs))
+    return Measurement(title_of(name, processor), {**about, "processor": processor}, dict, needs)
 
 
 def title_of(name: str, processor: str) -> str:
     """Returns the title under which the steps of a row stand.
 
-    >>> title_of("muon", "AMD EPYC")
-    'side by side, muon on AMD EPYC'
+    >>> title_of("muon", "AMD EPYC, 2 cores")
+    'side by side, muon on AMD EPYC, 2 cores'
     """
     return f"{SIDE_BY_SIDE}{name} on {processor}"
 
@@ -83,13 +97,17 @@ def measure(site: Site, name: str) -> None:
     """Takes in how many times as long the tuned baseline takes for a token as a rung does.
 
     Does nothing if that is known of the processor at hand.
+
+    Raises:
+      TimeoutError: the minutes are up.
     """
     facts = machine()
-    item = item_of(site, name, str(facts["processor"]))
+    item = item_of(site, name, processor_of(facts))
     seeds = site.gathered.index.setdefault(_table(site), {}).setdefault(item.name, {})
     if not site.gathered.has(item):
-        print(f"\n{item.name}")
-        values = {**_measured(site, name), "recipes": _recipes(site.scale, name)}
+        site.begin(item.name)
+        others = {"busy": busy_cores()}
+        values = {**_measured(site, name), "recipes": _recipes(site.scale, name), **others}
         site.gathered.add(item, values, facts)
     seeds["0"] = item.key
     site.save()
@@ -152,6 +170,11 @@ def processors(site: Site) -> list[str]:
     return sorted(counts, key=lambda name: (-counts[name], name))
 
 
+def busy(site: Site) -> float:
+    """Returns the most cores that were busy with something else when steps were timed."""
+    return max((values.get("busy") or 0.0 for values in _items(site).values()), default=0.0)
+
+
 def _items(site: Site, processor: str | None = None) -> dict[str, Mapping[str, Any]]:
     """All that one processor has timed of the data set, by row."""
     chosen = next(iter(processors(site)), "") if processor is None else processor
@@ -168,7 +191,7 @@ def _timings(site: Site) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         if cell["values"].get("recipes", [])[1:] == [today]:
             name, _, _ = title.removeprefix(SIDE_BY_SIDE).partition(" on ")
             facts = site.gathered.machines[cell["machine"]]
-            yield str(facts.get("processor", "")), name, cell["values"]
+            yield processor_of(facts), name, cell["values"]
 
 
 def _recipes(scale: Scale, name: str) -> list[str]:

@@ -5,8 +5,9 @@ end of its budget is the target: 0.3 of the scale's budget at the smallest, more
 the parameters. Rates of AdamW go down with the width, as muP has it for kernels; those of Muon hold
 as they are. The ratio of a rung is that of its seconds of training (`--sizes --side-by-side` times
 the steps in turn, as for the ladder) to those of the next one below that was run, and that of the
-whole recipe to `rate`; its logarithm is fitted as a line over the logarithm of the parameters
-(embeddings included), and the range is two standard errors of a new point to either side. A ratio
+whole recipe to `rate`; its mean logarithm at a size is fitted as a line over the logarithm of the
+parameters (embeddings included), and the range is where a further size would lie in 19 of 20 cases,
+by Student's distribution. A ratio
 measured at 124 M (`--scale gpu`) stands beside what the line says, once there is one.
 """
 
@@ -26,7 +27,7 @@ from experiments.ladder.climb import Site, climb, scale_named, target_of
 from experiments.ladder.rows import curves_of, mean_end, ratio, row_of
 from experiments.ladder.rungs import RUNGS, below, recipe_of, rung_named
 from experiments.ladder.scales import SCALES, Scale
-from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure
+from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure, timed
 from experiments.tables.gathered import Gathered
 from experiments.tables.markdown import grid
 from experiments.tables.report import read
@@ -166,13 +167,18 @@ def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failure
       ValueError: a rung below the first that is measured.
     """
     chosen = (FROM, *_above(names))
-    for label, scale in scales_of(site.scale).items():
-        small = dataclasses.replace(site, scale=scale)
-        for name in chosen:
-            with failures.passed_over(f"{SIDE_BY_SIDE}{name} at {label}"):
-                measure(small, name)
-    written = write_sizes(site, path)
-    print(f"\nwritten: {', '.join(map(str, written))}")
+    try:
+        for label, scale in scales_of(site.scale).items():
+            small = dataclasses.replace(site, scale=scale)
+            for name in chosen:
+                with failures.passed_over(f"{SIDE_BY_SIDE}{name} at {label}"):
+                    measure(small, name)
+    except TimeoutError as late:
+        print(f"\nthe minutes are up: {late}")
+    finally:
+        site.save()
+        written = write_sizes(site, path)
+        print(f"\nwritten: {', '.join(map(str, written))}")
     return written
 
 
@@ -209,6 +215,12 @@ def ratios_of(site: Site, scale: Scale, name: str, to: str | None = None) -> lis
     return [each for each in found if not math.isnan(each)]  # of a row that was not timed
 
 
+def _of_one_clock(site: Site, scales: Mapping[str, Scale]) -> dict[str, Scale]:
+    """The sizes whose steps have been timed in turn; all of them if none has."""
+    there = {n: s for n, s in scales.items() if timed(dataclasses.replace(site, scale=s))}
+    return there or dict(scales)
+
+
 def _measured_below(site: Site, name: str) -> str | None:
     under = below(name)
     while under is not None and not curves_of(site, under):
@@ -223,17 +235,24 @@ def write_sizes(site: Site, path: Path) -> list[Path]:
     lines = [f"# Rungs against size, scale {site.scale.name}", ""]
     lines += [f"    python -m experiments.speedrun --scale {site.scale.name} --sizes", ""]
     lines += [" ".join((__doc__ or "").split()), ""]
+    compared_at = _of_one_clock(site, scales)
+    if left := [label for label in scales if label not in compared_at]:
+        lines += [f"Not timed, and so left out: {', '.join(left)}.", ""]
+    elif not any(timed(dataclasses.replace(site, scale=scale)) for scale in scales.values()):
+        lines += ["**Seconds are those of the runs, as no steps have been timed.**", ""]
     body, points = [], {}
     compared: list[tuple[str, str, str | None]] = [(rung.name, rung.name, None) for rung in RUNGS]
     if whole := _whole(site, scales):
         compared.append((f"{whole}, to {FROM}", whole, FROM))
     for title, name, to in compared:
-        found = {label: ratios_of(site, scale, name, to) for label, scale in scales.items()}
-        pairs = [(sizes[label], value) for label, values in found.items() for value in values]
+        found = {label: ratios_of(site, scale, name, to) for label, scale in compared_at.items()}
+        means = {label: float(np.exp(np.mean(np.log(v)))) for label, v in found.items() if v}
+        # Seeds of a size share its rates and its pace: they are one point.
+        pairs = [(sizes[label], mean) for label, mean in means.items()]
         if not pairs:
             continue
         points[title] = pairs
-        cells = [f"{np.mean(values):.2f}x" if values else "" for values in found.values()]
+        cells = [f"{means[label]:.2f}x" if label in means else "" for label in scales]
         body.append([title, *cells, *_prediction(pairs), _measured(path, name, to)])
     head = ["rung", *(f"{sizes[label] / 1e6:.2f} M" for label in scales)]
     head += ["per tenfold", "said of 124 M", "measured at 124 M"]

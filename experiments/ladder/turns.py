@@ -10,7 +10,7 @@ from typing import NamedTuple
 from experiments.baselines.cells import BaselineCell
 from experiments.bench.ratios import order
 from experiments.bench.sides import REST, Side
-from experiments.ladder.child import Job, job_to_json
+from experiments.ladder.child import Job, environment_of, job_to_json
 from experiments.tables.ratios import paired
 from train.settings import Settings
 from train.tokenizers.tokenizer import load_tokenizer
@@ -80,13 +80,11 @@ def settings_of(job: Job) -> Settings:
 
 
 def _side(turn: Turn) -> Side:
-    # A process of torch leaves a GPU and its memory to torch.
-    environment = {"JAX_PLATFORMS": "cpu"} if isinstance(turn.job, BaselineCell) else {}
     size = _vocabulary(settings_of(turn.job).tokenizer)
     return Side(
         "ladder",
         {"job": job_to_json(turn.job), "vocabulary": size, "phase": turn.phase},
-        environment,
+        environment_of(turn.job),
     )
 
 
