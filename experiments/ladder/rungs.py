@@ -143,9 +143,16 @@ RUNGS: tuple[Rung, ...] = (
         trial_share=0.3,
         with_rows=lambda choices, rows: dataclasses.replace(choices, muon_rows=rows),
     ),
-    Rung("softcap", "logits capped at 15", techniques.softcap),
-    Rung("shortcuts", "the embedding mixed into every block", techniques.shortcuts),
-    Rung("values", "value embeddings in every second block", techniques.values),
+    _off(
+        Rung(
+            "iterations",
+            "Muon orthogonalises in three iterations in place of five",
+            techniques.iterations,
+        )
+    ),
+    _off(Rung("softcap", "logits capped at 15", techniques.softcap)),
+    _off(Rung("shortcuts", "the embedding mixed into every block", techniques.shortcuts)),
+    _off(Rung("values", "value embeddings in every second block", techniques.values)),
     Rung(
         "groups",
         "rates of their own for embeddings and head",
@@ -161,13 +168,6 @@ RUNGS: tuple[Rung, ...] = (
         Rung("window", "attention over a quarter and a half of the length first", techniques.window)
     ),
     _off(Rung("momentum", "Muon's momentum from 0.85 up over the first 15 %", techniques.momentum)),
-    _off(
-        Rung(
-            "iterations",
-            "Muon orthogonalises in three iterations in place of five",
-            techniques.iterations,
-        )
-    ),
     _off(Rung("depth", "a quarter of the blocks for the first 30 %, then all", techniques.depth)),
     _off(
         Rung("untie", "head and embedding one matrix up to two thirds of the run", techniques.untie)
