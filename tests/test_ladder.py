@@ -97,12 +97,12 @@ def test_every_rung_differs_visibly_from_the_one_below():
 
 
 def test_a_rung_builds_on_the_kept_ones_alone(monkeypatch):
-    changed = tuple(dataclasses.replace(r, kept=r.name != "softcap") for r in RUNGS)
-    assert recipe_of("cautious", CPU).model.logit_softcap == 15.0
-    monkeypatch.setattr(rungs, "RUNGS", changed)
-    assert recipe_of("cautious", CPU).model.logit_softcap is None
-    assert recipe_of("softcap", CPU).model.logit_softcap == 15.0
-    assert below("shortcuts") == "muon-batch"
+    for kept in (True, False):
+        flipped = (dataclasses.replace(r, kept=kept) if r.name == "softcap" else r for r in RUNGS)
+        monkeypatch.setattr(rungs, "RUNGS", tuple(flipped))
+        assert (recipe_of("cautious", CPU).model.logit_softcap == 15.0) is kept
+        assert recipe_of("softcap", CPU).model.logit_softcap == 15.0
+        assert below("shortcuts") == ("softcap" if kept else "muon-batch")
 
 
 def test_names_say_one_thing():
