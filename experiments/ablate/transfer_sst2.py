@@ -90,12 +90,12 @@ class Recipe(NamedTuple):
 
 
 RECIPES: Mapping[str, Recipe] = {
-    SCRATCH: Recipe(1e-3, 0.5),
+    SCRATCH: Recipe(3e-3, 0.5),
     BAG: Recipe(3e-3, 0.5),
     GRAMS: Recipe(1e-3, 0.5),
-    HEAD: Recipe(1e-2, 0.5),
-    LORA: Recipe(3e-3, 0.5),
-    FULL: Recipe(1e-3, 0.5),
+    HEAD: Recipe(3e-3, 0.1),
+    LORA: Recipe(3e-3, 0.1),
+    FULL: Recipe(3e-4, 0.1),
     FULL_GRAMS: Recipe(1e-3, 0.5),
 }
 """What the trials chose, see `experiments.ablate.transfer_sst2_tuning`."""
