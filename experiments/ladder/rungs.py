@@ -153,14 +153,18 @@ RUNGS: tuple[Rung, ...] = (
     _off(Rung("softcap", "logits capped at 15", techniques.softcap)),
     _off(Rung("shortcuts", "the embedding mixed into every block", techniques.shortcuts)),
     _off(Rung("values", "value embeddings in every second block", techniques.values)),
-    Rung(
-        "groups",
-        "rates of their own for embeddings and head",
-        techniques.groups,
-        trials=techniques.group_trials,
-        trial_share=0.3,
+    _off(
+        Rung(
+            "groups",
+            "rates of their own for embeddings and head",
+            techniques.groups,
+            trials=techniques.group_trials,
+            trial_share=0.3,
+        )
     ),
-    Rung("cautious", "weight decay only where it goes the way of the step", techniques.cautious),
+    _off(
+        Rung("cautious", "weight decay only where it goes the way of the step", techniques.cautious)
+    ),
     _off(
         Rung("length", "sequences of a quarter and a half of the length first", techniques.length)
     ),
