@@ -130,7 +130,7 @@ def test_restricted_recipes_fit_their_formats_and_keep_what_they_can():
         found = recipe_of(name, CPU)
         assert any(place in each for each in formats_of(found))
         assert type(found.optimizer) is type(CPU.choices.muon)
-        assert found.optimizer.cautious_decay
+        assert found.rows == CPU.choices.muon_rows
         assert not found.model.value_embeddings
     assert formats_of(recipe_of("rate", CPU)) == ("HF gpt2", "GGUF gpt2")
     assert formats_of(recipe_of("values", CPU)) == ()
