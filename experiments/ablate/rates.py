@@ -77,7 +77,7 @@ def best_rate(losses: Mapping[float, float]) -> float:
 
     In log(rate); the best rate itself at an edge of those tried, or beside a run that diverged.
 
-    >>> best_rate({1.0: 3.0, 2.0: 2.0, 4.0: 3.0}), best_rate({1.0: 2.0, 2.0: 3.0})
+    >>> round(best_rate({1.0: 3.0, 2.0: 2.0, 4.0: 3.0}), 6), best_rate({1.0: 2.0, 2.0: 3.0})
     (2.0, 1.0)
     """
     rates = sorted(rate for rate, loss in losses.items() if math.isfinite(loss))
