@@ -16,7 +16,7 @@ as the scale says (five at cpu), which run before any rung, so that they never m
 are kept in experiments/results/speedrun-SCALE.json and do not run again; Markdown and pictures
 beside it are made from it alone. What fails is named at the end, and the rest goes on.
 
-    python -m experiments.speedrun --scale cpu --held-out test --rung cautious for-hf --seeds 5
+    python -m experiments.speedrun --scale cpu --held-out test --rung muon-batch for-hf --seeds 5
 
 opens the test split for the rungs named, once they are chosen: their runs are trained once more at
 the lengths that suited the validation split, on which all else is measured.

@@ -74,10 +74,8 @@ def said(site, name, baseline):
     target = mean_end(site, baseline)
     mine, theirs = (row_of(site, each, target, baseline) for each in (name, baseline))
     found = ratio(mine, theirs)
-    if not found.pairs:
-        return "not reached"
-    some = "5" if found.pairs == 5 else f"{found.pairs} of 5"
-    return f"{found.mean:.1f}x ± {found.error:.1f}, {some} seeds"
+    assert found.pairs == 5
+    return f"{found.mean:.1f}x ± {found.error:.1f}, 5 seeds"
 
 
 def test_rows_of_few_seeds_are_no_headlines(tmp_path, monkeypatch):

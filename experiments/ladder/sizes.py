@@ -7,15 +7,15 @@ as they are. The ratio of a rung is that of its seconds of training (`--sizes --
 the steps in turn, as for the ladder) to those of the next one below that was run, and that of the
 whole recipe to `rate`; its mean logarithm at a size is fitted as a line over the logarithm of the
 parameters (embeddings included), and the range is where a further size would lie in 19 of 20 cases,
-by Student's distribution. A ratio
-measured at 124 M (`--scale gpu`) stands beside what the line says, once there is one.
+by Student's distribution. A ratio measured at 124 M (`--scale gpu`) stands beside what the line
+says, once there is one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,22 +136,16 @@ def run_sizes(
       ValueError: a rung below the first that is measured.
     """
     chosen = _above(names)
-    try:
-        for label, scale in scales_of(site.scale).items():
-            small = dataclasses.replace(site, scale=scale)
-            with failures.passed_over(f"{FROM} at {label}, and so the size"):
-                target_of(small, FROM, max(seeds, scale.target_seeds))
-                for name in chosen:
-                    for seed in range(seeds):
-                        with failures.passed_over(f"{name} at {label}, seed {seed}"):
-                            climb(small, name, seed, mean_end(small, FROM))
-    except TimeoutError as late:
-        print(f"\nthe minutes are up: {late}")
-    finally:
-        site.save()
-        written = write_sizes(site, path)
-        print(f"\nwritten: {', '.join(map(str, written))}")
-    return written
+
+    def climbed(label: str, small: Site) -> None:
+        with failures.passed_over(f"{FROM} at {label}, and so the size"):
+            target_of(small, FROM, max(seeds, small.scale.target_seeds))
+            for name in chosen:
+                for seed in range(seeds):
+                    with failures.passed_over(f"{name} at {label}, seed {seed}"):
+                        climb(small, name, seed, mean_end(small, FROM))
+
+    return _at_every_size(site, path, climbed)
 
 
 def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failures) -> list[Path]:
@@ -167,12 +161,20 @@ def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failure
       ValueError: a rung below the first that is measured.
     """
     chosen = (FROM, *_above(names))
+
+    def measured(label: str, small: Site) -> None:
+        for name in chosen:
+            with failures.passed_over(f"{SIDE_BY_SIDE}{name} at {label}"):
+                measure(small, name)
+
+    return _at_every_size(site, path, measured)
+
+
+def _at_every_size(site: Site, path: Path, work: Callable[[str, Site], None]) -> list[Path]:
+    """Does the work at one size after another until the minutes are up; writes what is there."""
     try:
         for label, scale in scales_of(site.scale).items():
-            small = dataclasses.replace(site, scale=scale)
-            for name in chosen:
-                with failures.passed_over(f"{SIDE_BY_SIDE}{name} at {label}"):
-                    measure(small, name)
+            work(label, dataclasses.replace(site, scale=scale))
     except TimeoutError as late:
         print(f"\nthe minutes are up: {late}")
     finally:

@@ -119,7 +119,7 @@ def muon_trials(scale: Scale) -> dict[str, Choices]:
 
 
 def muon_rows(recipe: Recipe, scale: Scale) -> Recipe:
-    """A larger one is cheaper by the token."""
+    """A batch that fits Muon, with its rates: a larger one is cheaper by the token."""
     chosen, muon = scale.choices, scale.choices.muon
     rates = {
         name: chosen.muon_factor * getattr(muon, name)
