@@ -8,6 +8,7 @@ import pytest
 
 from experiments.ablate import transfer_stories as stories
 from experiments.ablate import transfer_stories_report as report
+from experiments.ablate import transfer_stories_tuning as tuning
 from experiments.ablate.subjects import STORIES_FILES
 from experiments.tables.gathered import Gathered, Results
 from experiments.tables.table import Request, complete
@@ -158,6 +159,40 @@ def test_the_ratio_is_of_seconds_to_where_scratch_ends():
     assert math.isnan(report.steps_to([], 1.0))
     for render in (report.render, report.render_growth):
         assert render(Results())  # any row may be missing
+
+
+def test_every_way_has_as_many_trials_and_tables_use_one_of_them():
+    for way in tuning.ADAMW_RATES:
+        trials = tuning.trials(way)
+        assert len(trials) == 6
+        assert stories.WAYS[way].optimizer in trials.values()
+    replays = {stories.LORA_REPLAY: stories.LORA, stories.FULL_REPLAY: stories.FULL}
+    assert {*tuning.ADAMW_RATES, *replays} == {*stories.WAYS}
+    for replay, way in replays.items():
+        assert stories.WAYS[replay].optimizer == stories.WAYS[way].optimizer
+
+
+def test_trials_say_when_another_than_the_best_is_used():
+    found = {
+        name: {tuning.SEED: {"loss": 2.0 + number}}
+        for number, name in enumerate(tuning.trials(stories.FULL))
+    }
+    text = "\n".join(tuning.render(Results(found)))
+    assert "| AdamW 0.001 | AdamW 0.003 |" in text
+    assert "Not the best of these trials is what is used of: full." in text
+    assert len(found) == 6
+    assert all(f"| {2 + n}.000 " in text for n in range(6))
+    del found["full, Muon 0.02"]
+    assert "Not the best" not in "\n".join(tuning.render(Results(found)))  # not all are there
+
+
+@pytest.mark.slow
+def test_every_trial_runs_at_tiny_size(request_):
+    gathered = Gathered({})
+    complete((tuning.TABLE,), request_, gathered)
+    found = gathered.results(tuning.TABLE.name)
+    assert len(found.by_name) == 24
+    assert len({row[tuning.SEED]["loss"] for row in found.by_name.values()}) == 24
 
 
 @pytest.mark.slow

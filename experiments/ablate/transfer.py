@@ -7,6 +7,7 @@ from experiments.ablate import (
     transfer_squad_report,
     transfer_sst2_report,
     transfer_stories_report,
+    transfer_stories_tuning,
 )
 from experiments.tables.table import Table
 
@@ -14,5 +15,6 @@ TABLES: tuple[Table, ...] = (
     *transfer_sst2_report.TABLES,
     transfer_multi30k.TABLE,
     transfer_squad_report.TABLE,
+    transfer_stories_tuning.TABLE,
     *transfer_stories_report.TABLES,
 )

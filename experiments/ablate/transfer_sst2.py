@@ -7,7 +7,7 @@ hashed n-grams of pieces to the head (`train.tasks.grams`), a linear model of sh
 scratch it reads half as many pieces, which are shorter. The best checkpoint on the validation split
 (of those every 100 steps) is measured on the test split.
 
-Rate and dropout of every way are the best of the same six trials, three rates and two dropouts, in
+Rate and dropout of every way are the best of as many trials, four rates and two dropouts, in
 `experiments.ablate.transfer_sst2_tuning`, on rows of the training file that are held out there.
 Decay, steps and lengths come from trials of an earlier version, from scratch alone, whose test
 figures were seen. N-grams were chosen by five-fold cross-validation over the training file.

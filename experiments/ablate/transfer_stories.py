@@ -5,8 +5,8 @@ with tiny Shakespeare, every row for as many steps of as many tokens. With repla
 rows are old text: its own stories, drawn from it before (`experiments.replay`), as its pre-training
 text is not at hand. Plays are measured on the last tenth of the file, which no row trains on and no
 rate was chosen by. Forgetting is measured on other stories of its own: what their loss rises by is
-the divergence from the model that it was. Rates are the best of a few trials a way, by the
-validation loss on plays, of a seed that is no row; from scratch the optimizer is, too.
+the divergence from the model that it was. Optimizer and rate are the best of as many trials a way,
+in `experiments.ablate.transfer_stories_tuning`.
 
 Data: a folder with `stories260K.bin` and `tok512.bin`, and the file of tiny Shakespeare.
 """
@@ -87,9 +87,7 @@ LORA, FULL = "LoRA, rank 8", "full"
 LORA_REPLAY, FULL_REPLAY = f"{LORA}, {REPLAY}", f"{FULL}, {REPLAY}"
 GROWN, SCRATCH = "grown to twice the layers", "twice the layers from scratch"
 GROWTH, COSTS = "logits after growth", "costs of a step"
-# Validation loss on plays after 400 steps of seed 1000, nats a token, by rate: LoRA (AdamW) 2.70
-# (3e-3), 2.62 (1e-2), 2.85 (3e-2); full 2.47 (1e-3), 2.39 (3e-3), 2.45 (1e-2); grown 2.36 (3e-3),
-# 2.45 (1e-2); from scratch 3.53 (1e-3), 3.28 (3e-3), 3.56 (1e-2), and under Muon 2.85 (0.02).
+# What the trials chose, see `experiments.ablate.transfer_stories_tuning`.
 _FACTORS, _WHOLE = (AdamW(learning_rate=rate, weight_decay=0.1) for rate in (1e-2, 3e-3))
 WAYS: dict[str, Way] = {
     LORA: Way(_FACTORS, 8),
@@ -132,30 +130,59 @@ def settings_of(
     )
 
 
-def cells(request: Request) -> list[Item]:
-    """Returns a measurement for every row, which needs its run; logits, and the costs of a step.
+class Sources(NamedTuple):
+    """What every run of these tables starts from.
+
+    Attributes:
+      model: of the start.
+      items: the start as a run, and the plays to train on, each kept under its key.
+    """
+
+    model: TransformerConfig
+    items: tuple[Measurement, Measurement]
+
+
+def sources(cells: Path, folder: Path, shakespeare: Path) -> Sources:
+    """Returns what all runs start from.
 
     Raises:
       ValueError: a file is not there, or is not what it is named after.
     """
-    if request.stories is None or request.shakespeare is None:
-        return []
-    if missing := [name for name in STORIES_FILES if not (request.stories / name).is_file()]:
-        raise ValueError(f"{request.stories} lacks {' and '.join(missing)} of karpathy/tinyllamas")
-    weights, pieces = (request.stories / name for name in STORIES_FILES)
+    if missing := [name for name in STORIES_FILES if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {' and '.join(missing)} of karpathy/tinyllamas")
+    weights, pieces = (folder / name for name in STORIES_FILES)
     model, _ = load(weights)
     of_model = {"weights": content_hash(weights), "tokenizer": content_hash(pieces)}
-    of_plays = {"plays": content_hash(request.shakespeare), "block": BLOCK}
     start = Measurement(
         "stories260K as a run",
         {"start": "llama2c", **of_model},
-        functools.partial(_keep_start, request.cells, weights, pieces),
+        functools.partial(_keep_start, cells, weights, pieces),
     )
     plays = Measurement(
         "plays",
-        {"text": "plays without the last tenth", **of_plays},
-        functools.partial(_keep_plays, request.cells, request.shakespeare),
+        {"text": "plays without the last tenth", **_of_plays(shakespeare)},
+        functools.partial(_keep_plays, cells, shakespeare),
     )
+    return Sources(model, (start, plays))
+
+
+def _of_plays(path: Path) -> dict[str, Any]:
+    return {"plays": content_hash(path), "block": BLOCK}
+
+
+def missing(request: Request) -> list[str]:
+    """Returns a line where the data is not given."""
+    if request.stories is None or request.shakespeare is None:
+        return ["Runs with the data at hand: `--stories FOLDER --shakespeare FILE`."]
+    return []
+
+
+def cells(request: Request) -> list[Item]:
+    """Returns a measurement for every row, which needs its run; logits, and the costs of a step."""
+    if request.stories is None or request.shakespeare is None:
+        return []
+    model, (start, plays) = sources(request.cells, request.stories, request.shakespeare)
+    of_plays = _of_plays(request.shakespeare)
     run = str(request.cells / start.key)
     items: list[Item] = []
     for seed in range(request.seeds):

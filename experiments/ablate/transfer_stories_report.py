@@ -21,7 +21,7 @@ from experiments.ablate.transfer_stories import (
 )
 from experiments.tables.margins import Claim, claims, margin
 from experiments.tables.markdown import grid, spread
-from experiments.tables.table import Request, Results, Table
+from experiments.tables.table import Results, Table
 
 TUNED = (LORA, LORA_REPLAY, FULL, FULL_REPLAY)
 DEEPER = (SCRATCH, GROWN, FULL)
@@ -222,12 +222,6 @@ def _finish(axes: Any) -> None:
     axes.legend(fontsize=7, frameon=False)
 
 
-def _missing(request: Request) -> list[str]:
-    if request.stories is None or request.shakespeare is None:
-        return ["Runs with the data at hand: `--stories FOLDER --shakespeare FILE`."]
-    return []
-
-
 TABLES: tuple[Table, ...] = (
     Table(
         "stories",
@@ -235,7 +229,7 @@ TABLES: tuple[Table, ...] = (
         stories.cells,
         render,
         picture,
-        _missing,
+        stories.missing,
     ),
     Table(
         "stories-growth",
@@ -243,6 +237,6 @@ TABLES: tuple[Table, ...] = (
         stories.cells,
         render_growth,
         picture_growth,
-        _missing,
+        stories.missing,
     ),
 )
