@@ -93,7 +93,7 @@ RECIPES: Mapping[str, Recipe] = {
     SCRATCH: Recipe(3e-3, 0.5),
     BAG: Recipe(3e-3, 0.5),
     GRAMS: Recipe(1e-3, 0.5),
-    HEAD: Recipe(3e-3, 0.1),
+    HEAD: Recipe(1e-3, 0.1),
     LORA: Recipe(3e-3, 0.1),
     FULL: Recipe(3e-4, 0.1),
     FULL_GRAMS: Recipe(1e-3, 0.5),
