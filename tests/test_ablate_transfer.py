@@ -50,13 +50,13 @@ def test_pieces_are_learned_from_the_same_sentences_everywhere(request_):
 
 def test_every_way_has_as_many_trials_and_none_sees_files_of_validation_or_test(request_):
     items = tuning.cells(request_)
-    assert len(items) == len(tuning.trials()) == 6 * len(tuning.RATES)
+    assert len(items) == len(tuning.trials()) == 8 * len(tuning.RATES)
     assert len({item.key for item in items}) == len(items)
     ways = {sst2.LORA if way.startswith(sst2.LORA) else way for way in tuning.RATES}
     assert ways == set(sst2.RECIPES)
     for way in tuning.RATES:
         tried = [recipe for owner, recipe in tuning.trials().values() if owner == way]
-        assert len(set(tried)) == 6
+        assert len(set(tried)) == 8
         assert sst2.recipe_of(way) in tried
     settings = [item.needs[0].settings for item in items]
     files = {path for made in settings for _, path in made.task.files.paths}
