@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from model.dropout import Dropout, dropped
 from model.linear import at_least_float32, cpu_forms, gpu_forms
 
 BLOCK = 64  # queries that XLA:CPU attends with at a time; with 128 a step took 1.1 times as long
@@ -43,13 +44,6 @@ class Visibility(NamedTuple):
     window: jax.Array | int | None = None
     prefix: jax.Array | None = None
     key_segments: jax.Array | None = None
-
-
-class Dropout(NamedTuple):
-    """Rate and key of the dropout on attention probabilities."""
-
-    rate: float
-    key: jax.Array
 
 
 class Attention(Protocol):
@@ -159,9 +153,7 @@ def dot_product_attention(
     # The most negative finite number, not -inf: a row without visible keys stays finite.
     scores = jnp.where(mask, scores, jnp.finfo(dtype).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
-    if dropout is not None:
-        keep = jax.random.bernoulli(dropout.key, 1 - dropout.rate, probabilities.shape)
-        probabilities = jnp.where(keep, probabilities / (1 - dropout.rate), 0)
+    probabilities = dropped(probabilities, dropout)
     out_BGRTK = jnp.einsum("bgrts,bgsk->bgrtk", probabilities, v_BGSK)
     return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from model import cache as kv
-from model.attention import Attention, Dropout, Visibility, dot_product_attention
+from model.attention import Attention, Visibility, dot_product_attention
 from model.config import TransformerConfig
+from model.dropout import dropout_of, dropped
 from model.linear import Linear, gpu_forms
 from model.norm import Norm
 from model.positions import Rotation, rotate
@@ -100,9 +101,7 @@ class SelfAttention(nn.Module):
                 kv.write(cache[name], new, visibility.first) for name, new in (("k", k), ("v", v))
             )
             cache = {"k": k, "v": v}
-        dropout = None
-        if c.dropout and self.has_rng("dropout"):
-            dropout = Dropout(c.dropout, self.make_rng("dropout"))
+        dropout = dropout_of(self, c.dropout)
         keys = (q, k.astype(q.dtype), v.astype(q.dtype), visibility, dropout)
         if self.has_variable("params", PREFIX):  # trained beside the weights, in no config
             prefix: Any = self.get_variable("params", PREFIX)
@@ -138,9 +137,7 @@ class CrossAttention(nn.Module):
             k = norm(c, "k_norm", "rmsnorm")(k) if c.qk_norm else k
             keys = {"cross_k": k, "cross_v": v}
         assert keys is not None
-        dropout = None
-        if c.dropout and self.has_rng("dropout"):
-            dropout = Dropout(c.dropout, self.make_rng("dropout"))
+        dropout = dropout_of(self, c.dropout)
         k, v = (keys[name].astype(q.dtype) for name in ("cross_k", "cross_v"))
         y = self.constrain(self.attention(q, k, v, memory.visibility, dropout), by_head)
         y = y.reshape(*x_BTD.shape[:2], c.heads * c.head_width_)
@@ -200,7 +197,10 @@ class Block(nn.Module):
                     "embedding_shortcut and value_embeddings"
                 )
             beside = Beside()
-        drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+
+        def drop(y_BTD: jax.Array) -> jax.Array:
+            return dropped(y_BTD, dropout_of(self, c.dropout))
+
         # Time may be divided in the stream that is not inside a branch, where heads are.
         inside, stream = ("batch", "branch", "width"), ("batch", "time", "width")
 

@@ -22,6 +22,7 @@ from model.attention import Attention, Visibility, across, dot_product_attention
 from model.block import Block, BlockOutput, Constrain, Memory, no_constraint, norm
 from model.cache import Cache
 from model.config import EncoderDecoderConfig, TransformerConfig
+from model.dropout import dropout_of, dropped
 from model.head import logits_from
 from model.linear import take, weight
 from model.positions import rotation
@@ -206,7 +207,6 @@ class Stack(nn.Module):
             normal = nn.initializers.normal(c.init_std)
             shape, dtype = (c.max_length, c.width), jnp.dtype(c.parameter_dtype)
             self.position_embedding = Table(shape, normal, "embedding", dtype)
-        self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
         self,
@@ -226,7 +226,7 @@ class Stack(nn.Module):
             turn = rotation(positions_BT, c.head_width_, c.rotary_base)
         if c.embedding_norm:
             x_BTD = unit_rms(x_BTD, c.norm_epsilon)
-        x_BTD = self.dropout(x_BTD, deterministic=not drops)
+        x_BTD = dropped(x_BTD, dropout_of(self, c.dropout))
         x_BTD = self.constrain(x_BTD, ("batch", "time", "width"))
         # parent=None: the block is a function here, not a submodule with parameters of its own.
         block = Block(c, self.attention, self.constrain, parent=None)

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from model.attention import Attention, Dropout, Visibility, dot_product_attention, visible
+from model.attention import Attention, Visibility, dot_product_attention, visible
+from model.dropout import Dropout, dropped
 from model.linear import at_least_float32
 
 KEY = "prefix"
@@ -74,8 +75,6 @@ def attend_with_prefix(
     mask = jnp.concatenate([all_BTP, own_BTS], axis=-1)[:, None, None]
     scores = jnp.where(mask, scores, jnp.finfo(dtype).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BGSK.dtype)
-    if dropout is not None:
-        keep = jax.random.bernoulli(dropout.key, 1 - dropout.rate, probabilities.shape)
-        probabilities = jnp.where(keep, probabilities / (1 - dropout.rate), 0)
+    probabilities = dropped(probabilities, dropout)
     out_BGRTK = jnp.einsum("bgrts,bgsk->bgrtk", probabilities, v_BGSK)
     return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)

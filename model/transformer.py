@@ -28,6 +28,7 @@ from model.block import (
 from model.cache import Cache
 from model.config import TransformerConfig
 from model.drop import RunBlock, sometimes, survival, thinned
+from model.dropout import dropout_of, dropped
 from model.head import logits_from
 from model.linear import take, weight
 from model.lookup import Form
@@ -116,7 +117,6 @@ class Transformer(nn.Module):
             # Named by hand: `head` is a method here.
             shape = (c.width, c.vocabulary_size)
             self.head_table = Table(shape, normal, "kernel", dtype, name="head")
-        self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
         self,
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         if c.embedding_norm:
             x_BTD = unit_rms(x_BTD, c.norm_epsilon)
         drops = c.random and self.has_rng("dropout")
-        x_BTD = self.dropout(x_BTD, deterministic=not (c.dropout and drops))
+        x_BTD = dropped(x_BTD, dropout_of(self, c.dropout))
         x_BTD = self.constrain(x_BTD, ("batch", "time", "width"))
 
         # parent=None: the block is a function here, not a submodule with parameters of its own.

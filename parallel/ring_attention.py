@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from model.attention import Attention, Dropout, Visibility
+from model.attention import Attention, Visibility
+from model.dropout import Dropout
 from parallel.ring_blocks import (
     Keys,
     Marks,

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from model import attention
-from model.attention import Dropout, Visibility, dot_product_attention
+from model.attention import Visibility, dot_product_attention
+from model.dropout import Dropout
 
 KEY = jax.random.key(0)
 SEGMENTS = (jnp.arange(10)[None] > jnp.array([[3], [6]])).astype(jnp.int32)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from model import linear
-from model.attention import Dropout, Visibility, dot_product_attention, form_for, keeps_from
+from model.attention import Visibility, dot_product_attention, form_for, keeps_from
+from model.dropout import Dropout
 from model.linear import gpu_forms, take
 from model.lookup import GRADIENTS, lookup
 from model.presets import gpt2_tiny

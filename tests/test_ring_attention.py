@@ -12,7 +12,8 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from model.attention import Dropout, Visibility, dot_product_attention
+from model.attention import Visibility, dot_product_attention
+from model.dropout import Dropout
 from model.presets import gpt2_tiny, modern_tiny
 from model.rules import match
 from model.transformer import Transformer

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.dropout import Dropout, dropped
 from train.plugs import Batch, Context, LossTerm, View
 
 RowScores = Callable[[View, Batch, Context], jax.Array]
@@ -78,17 +79,16 @@ def row_squared_error(row_scores: RowScores, *, weight: Any = 1.0) -> LossTerm:
     return LossTerm("regression", total, row_count, weight, over="features")
 
 
-def dropped(x_BD: jax.Array, rate: float, context: Context) -> jax.Array:
-    """Returns features with a share `rate` of them set to zero, the others scaled up; in training.
+def dropped_features(x_BD: jax.Array, rate: float, context: Context) -> jax.Array:
+    """Returns features with a share `rate` of them dropped, in training; see `model.dropout`.
 
-    >>> dropped(jnp.ones((1, 2)), 0.5, Context(jnp.int32(0), None, {}, {}, {})).tolist()
+    >>> dropped_features(jnp.ones((1, 2)), 0.5, Context(jnp.int32(0), None, {}, {}, {})).tolist()
     [[1.0, 1.0]]
     """
     if not rate or context.rng is None:
         return x_BD
     key = jax.random.fold_in(context.rng, DROPOUT_STREAM)
-    kept_BD = jax.random.bernoulli(key, 1 - rate, x_BD.shape)
-    return jnp.where(kept_BD, x_BD / (1 - rate), jnp.zeros_like(x_BD))
+    return dropped(x_BD, Dropout(rate, key))
 
 
 def _over_rows(loss_B: jax.Array, batch: Batch) -> jax.Array:

@@ -35,8 +35,9 @@ from jax.sharding import AbstractMesh, AxisType
 from experiments.plan.step import ATTENTIONS, PLAIN, abstract_batch
 from experiments.runs.assemble import abstract_frozen, abstract_state, assemble
 from experiments.runs.layout import Division, lay_out, of_state
-from model.attention import Attention, Dropout, Visibility, keeps_from
+from model.attention import Attention, Visibility, keeps_from
 from model.config import TransformerConfig
+from model.dropout import Dropout
 from model.flops import abstract_params
 from model.transformer import Transformer
 from parallel.mesh import AXES

@@ -12,7 +12,7 @@ import numpy as np
 from model.heads import POOLS, Pool, pool, scores
 from model.transformer import Transformer, features
 from train.losses import cross_entropy
-from train.losses_tasks import dropped
+from train.losses_tasks import dropped_features
 from train.plugs import Batch, Context, LossTerm, PyTree, View
 from train.tasks.grams import gram_scores
 from train.tasks.rows import BadRow, Row, keep_good, read_rows
@@ -128,7 +128,9 @@ def scores_of(task: Rowwise) -> Callable[[View, Batch, Context], jax.Array]:
         assert view.features is not None
         final_BTD = view.features.final
         pooled_BD = pool(final_BTD, batch["lengths"], task.pool, batch.get("positions"))
-        return _scores(task, view.weights, dropped(pooled_BD, task.dropout, context), batch)
+        return _scores(
+            task, view.weights, dropped_features(pooled_BD, task.dropout, context), batch
+        )
 
     return row_scores
 
