@@ -196,7 +196,8 @@ def init_adapters(
         place[KEY] = {leaf: _factors_of(own, w, rank, contraction_axis(path))}
         if direction == "dora":
             v = w if contraction_axis(path) == -2 else plain_array(w, w.dtype).swapaxes(-1, -2)
-            place[KEY]["magnitude"] = _column_lengths(v).astype(w.dtype)
+            # In float32 at least: rounded, it would not give back the weight that it came from.
+            place[KEY]["magnitude"] = _column_lengths(v)
     return tree
 
 

@@ -63,7 +63,8 @@ class Found(NamedTuple):
       tokens: int32 [B, K, T], the end token included where there is one, then 0.
       lengths: int32 [B, K], tokens that count.
       log_probabilities: float32 [B, K], the sum of log p of those tokens; -inf for a beam that is
-        none (fewer than K continuations are possible).
+        none: the search ends where no live beam can beat the best that ended, and fewer than K may
+        have ended by then. The best one is always there.
       scores: float32 [B, K], that sum over the length penalty.
       steps: int32 scalar, tokens that were tried before all rows were done.
     """
@@ -122,7 +123,7 @@ def beam_search(
         `source_segments` ([B, S]).
 
     Returns:
-      The K best continuations of each row.
+      The best continuations of each row, K at most.
 
     Raises:
       ValueError: learned positions end before prompt and continuation do.

@@ -54,6 +54,16 @@ def path_of(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def stack_of(path: str) -> str:
+    """The stack of blocks that the leaf at this path belongs to, or "" for none.
+
+    >>> stack_of("decoder/blocks/attention/q/kernel"), stack_of("head/kernel")
+    ('decoder/blocks', '')
+    """
+    found = _STACKED.match(path)
+    return "" if found is None else found[0]
+
+
 def is_stacked(path: str) -> bool:
     """Whether the leaf at this path carries a leading layer axis.
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,9 @@ from model.transformer import features, head
 from train.losses import counts_of, loss_function
 from train.plugs import Context
 from train.settings import Phase, Settings
-from train.tasks.chat import ChatTemplate, Instructions, Message, encode
+from train.tasks.chat import ChatTemplate, Instructions, Message, encode, messages_of
 from train.tasks.rows import RowFormat
-from train.tasks.task import TaskFiles, task_evaluation_batches
+from train.tasks.task import DIVIDED, SPLITS, TaskFiles, task_evaluation_batches
 from train.tasks.translation import Translation, translate
 from train.tokenizers.tokenizer import load_tokenizer
 
@@ -297,3 +299,23 @@ def test_prompts_and_answers_may_be_columns(tmp_path):
         ChatTemplate(user="User:")
     with pytest.raises(ValueError, match="decoder-only"):
         task.terms(build_model(encoder_decoder_tiny()), 0.0)
+
+
+def test_answers_to_one_question_lie_in_one_split(tmp_path):
+    """Whether they are conversations or prompts with answers, and in both forms the same one."""
+    questions = [f"{n} + {n}?" for n in range(60)]
+    talks = [[("user", q), ("assistant", str(n))] for q in questions for n in (1, 2)]
+    path = Path(files(tmp_path, talks).paths[0][1])
+    pairs = tmp_path / "pairs.csv"
+    lines = [f"{talk[0][1]},{talk[1][1]}" for talk in talks]
+    pairs.write_text("\n".join(["prompt,answer", *lines]) + "\n")
+    asked = []
+    for file in (path, pairs):
+        paths = tuple((split, str(file)) for split in SPLITS)
+        task = Instructions(TaskFiles(paths, shares=DIVIDED))
+        asked.append(
+            [{messages_of(row)[0].text for row in task._rows(split)[0]} for split in SPLITS]
+        )
+    assert asked[0] == asked[1]
+    assert all(not a & b for a, b in itertools.combinations(asked[0], 2))
+    assert set.union(*asked[0]) == set(questions)

@@ -15,7 +15,7 @@ from compress.distillation.logits import forward_kl, jensen_shannon
 from compress.distillation.maps import attention_kl, relation_kl
 from experiments.cli import parse_with_methods
 from experiments.methods.distill import Distil
-from experiments.methods.distill_terms import over_run
+from experiments.methods.distill_terms import over_run, scaled
 from experiments.methods.table import METHODS, resolve
 from experiments.methods.teacher import Teacher
 from experiments.pretrain import Pretrain
@@ -225,6 +225,23 @@ def test_the_teacher_reads_a_prefix_as_the_student_does():
     found = jax.jit(lambda p: loss(p, batch, context_of(terms, batch, frozen, 0))[0])
     assert float(found(frozen["teacher"])) == pytest.approx(0.0, abs=1e-6)
     assert float(found(params_of(STUDENT, 2))) > 0.01
+
+
+def test_maps_of_a_prefix_are_not_compared_as_causal_ones():
+    method = Distil(soft=(0.0,), attention=(1.0,), teacher="x", resolved=Teacher(STUDENT, 1, ""))
+    terms, frozen = terms_and_frozen(method)
+    batch = batch_of() | {"prefix": jnp.array([5, 4, 3, 2], jnp.int32)}
+    loss = loss_function(Transformer(STUDENT), terms)
+    with pytest.raises(ValueError, match="match relations instead"):
+        loss(params_of(STUDENT, 2), batch, context_of(terms, batch, frozen, 0))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "classification", "regression", "span"])
+def test_what_is_learned_from_the_data_has_the_weight_that_is_asked_for(name):
+    term = LossTerm(name, lambda view, batch, context: jnp.float32(0), weight=2.0)
+    assert float(scaled(term, lambda step: 0.25).weight(jnp.int32(0))) == 0.5
+    other = dataclasses.replace(term, name="z_loss")
+    assert scaled(other, lambda step: 0.25) is other
 
 
 def test_weights_go_through_their_knots():

@@ -151,6 +151,15 @@ def test_adapters_train_with_the_head_and_open_again(files, parent, tmp_path):
     fresh = execute(dataclasses.replace(again, task=other), tmp_path / "fresh", QUIET).state
     assert fresh.params["score"]["kernel"].shape == (32, 3)
 
+    grams = dataclasses.replace(again.task, pool="mean", grams=2, buckets=16)
+    first = execute(dataclasses.replace(again, task=grams), tmp_path / "grams", QUIET)
+    wider = dataclasses.replace(again, task=dataclasses.replace(grams, buckets=32))
+    wider = dataclasses.replace(wider, parent=str(tmp_path / "grams"))
+    larger = execute(wider, tmp_path / "wider", QUIET)
+    sizes = [o.state.params["score"]["grams"]["embedding"].shape for o in (first, larger)]
+    assert sizes == [(16, 2), (32, 2)]
+    assert open_run(tmp_path / "wider").params["score"]["grams"]["embedding"].shape == (32, 2)
+
 
 def test_patience_ends_a_run_and_the_best_checkpoint_is_kept(files, tmp_path):
     """Two more evaluations without a better one; started again, it has ended already."""

@@ -202,6 +202,15 @@ def test_the_momentum_rises_in_a_line(nesterov):
         np.testing.assert_allclose(state.mu, mu, atol=1e-6)
 
 
+def test_a_momentum_that_rises_keeps_the_type_of_its_memory():
+    tx = scale_by_orthogonal_momentum(coefficients_named("standard", 5), 0.9, warmup=(0.5, 4))
+    params = jnp.ones((4, 6), jnp.bfloat16)
+    before = tx.init(params)
+    updates, after = tx.update(params, before)
+    assert updates.dtype == jnp.bfloat16
+    assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, before)
+
+
 def test_axes_before_the_last_two_are_matrices_of_their_own(bare):
     experts = {"blocks": {"experts": {"kernel": normal(0, 2, 3, 4, 6)}}}
     flat = {

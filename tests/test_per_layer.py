@@ -134,3 +134,22 @@ def test_layers_of_unequal_number_are_refused():
     params = {"blocks": {"a": jnp.ones((2, 3)), "b": jnp.ones((4, 3))}}
     with pytest.raises(ValueError, match="inconsistent sizes"):
         per_layer(optax.adam(0.1)).init(params)
+
+
+def test_stacks_of_other_depths_go_each_by_their_own_layers():
+    """An encoder and a decoder."""
+    tx = optax.lamb(0.1)
+    stacks = {
+        "encoder/blocks": {"encoder": {"blocks": {"kernel": normal(0, 2, 4, 6)}}},
+        "decoder/blocks": {"decoder": {"blocks": {"kernel": normal(1, 3, 4, 6)}}},
+    }
+    params = {name: part for stack in stacks.values() for name, part in stack.items()}
+    whole = per_layer(tx)
+    found, state = jax.jit(whole.update)(params, whole.init(params), params)
+    found, _ = jax.jit(whole.update)(found, state, params)
+    for name, part in stacks.items():
+        alone = per_layer(tx)
+        expected, state = alone.update(part, alone.init(part), part)
+        expected, _ = alone.update(expected, state, part)
+        own = name.split("/")[0]
+        assert_close(found[own], expected[own])

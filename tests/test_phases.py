@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments.methods.compression import EightBitState
@@ -17,6 +18,7 @@ from experiments.runs.run import open_run, phase_at
 from model.flops import abstract_params
 from model.grow import sources
 from model.presets import gpt2_tiny, modern_tiny
+from model.transformer import Transformer
 from tests.test_run import QUIET, bits, own_cache, text  # noqa: F401 (fixtures)
 from tests.test_run import rows_of as all_of
 from train.loop import LoopSettings
@@ -195,6 +197,50 @@ def test_every_optimizer_goes_on_after_growth(name):
     _, report = carried(state_of(SMALL, settings)[0], fresh, made_of)
     if name in ("muon", "adam", "adamw"):
         assert not report.reset
+
+
+@pytest.mark.parametrize("name", ["muonh", "adamh", "cocob"])
+def test_state_that_follows_from_the_weights_does_so_after_growth(name):
+    """A radius is that of the grown matrix, first weights grow as weights do: a step that is all
+    but none leaves the model where it is."""
+    to = dataclasses.replace(SMALL, layers=2, ffn_width=2 * SMALL.ffn_width_)
+    made_of = sources(SMALL, to, key=jax.random.key(0))
+    settings = OPTIMIZERS[name]()
+    if name != "cocob":
+        settings = dataclasses.replace(settings, learning_rate=1e-6, adam_learning_rate=1e-9)
+    params = jax.jit(Transformer(SMALL).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = params["params"]
+
+    def state_for(params):
+        tx = build(settings, Constant(), 10, params)
+        return init_state(jax.random.key(0), params, tx), tx
+
+    state, tx = state_for(params)
+    grads = jax.tree.map(lambda w: jnp.cos(100 * w), params)
+    updates, moved = jax.jit(tx.update)(
+        grads, state.optimizer, params, value=jnp.float32(5), grads=grads
+    )
+    params = optax.apply_updates(params, updates)
+    larger = grown_params(params, params, made_of)
+    fresh, tx = state_for(larger)
+    after = grown_state(dataclasses.replace(state, optimizer=moved), fresh, made_of)
+    still = jax.tree.map(jnp.zeros_like, larger)
+    updates, _ = jax.jit(tx.update)(
+        still, after.optimizer, larger, value=jnp.float32(5), grads=still
+    )
+    for path, update in jax.tree_util.tree_leaves_with_path(updates["blocks"]):
+        size = float(jnp.linalg.norm(update.ravel()))
+        assert size < 1e-3, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("name", ["soap", "kron", "shampoo"])
+def test_what_belongs_to_the_sides_of_square_matrices_starts_anew(name):
+    small = dataclasses.replace(SMALL, ffn_width=SMALL.width)
+    to = dataclasses.replace(small, width=2 * small.width, ffn_width=2 * small.width, heads=8)
+    made_of = sources(small, to, key=jax.random.key(0))
+    fresh, _ = state_of(to, OPTIMIZERS[name]())
+    _, report = carried(state_of(small, OPTIMIZERS[name]())[0], fresh, made_of)
+    assert {"left", "right"} <= set(report.reset)
 
 
 def test_phases_on_a_command_line():

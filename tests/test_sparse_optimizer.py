@@ -1,5 +1,6 @@
 """Masks as an Optax transformation: exact zeros under any optimizer, RigL and SET, resuming."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -24,6 +25,7 @@ from compress.pruning.sparse_optimizer import (
 )
 from compress.pruning.sparse_step import Pruning
 from experiments.methods.compression import Rewire
+from experiments.methods.tuning import LayerDecay
 from experiments.runs.assemble import assemble
 from model.presets import gpt2_tiny, llama_tiny
 from model.transformer import Transformer
@@ -309,9 +311,12 @@ def test_averages_of_a_run_are_as_sparse_as_its_weights():
         phases=(Phase(6, config, 4, 8),),
         data=("x",),
         tokenizer="bytes",
-        optimizer=AdamW(tail_fraction=1.0),
+        optimizer=AdamW(tail_fraction=1 / 3),
         methods=(Rewire(0.8, every=2, until=4),),
     )
+    early = dataclasses.replace(settings, optimizer=AdamW(tail_fraction=1.0))
+    with pytest.raises(ValueError, match=r"averages from update 0 .* give at most 0\.333"):
+        assemble(early, config)
     parts = assemble(settings, config)
     params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     params, state = params["params"], None
@@ -323,10 +328,27 @@ def test_averages_of_a_run_are_as_sparse_as_its_weights():
         return optax.apply_updates(params, updates), state
 
     state = parts.optimizer.init(params)
-    for number in range(5):
+    for number in range(6):
         params, state = step(params, state, number)
     _, average = average_of(state)
     kernels = [tree["blocks"]["mlp"]["up"]["kernel"] for tree in (params, average)]
-    assert float((kernels[0] == 0).mean()) == pytest.approx(0.8, abs=0.01)
-    # Where places moved, the mean of several masks is not zero; most never did.
-    assert float((kernels[1] == 0).mean()) > 0.5
+    for kernel in kernels:
+        assert float((kernel == 0).mean()) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_are_sparse_whatever_else_a_run_does_to_updates(order):
+    """Named first or last: rates by depth scale updates, and must not scale a masking."""
+    config = gpt2_tiny(scan_layers=True, dropout=0.0)
+    methods = (LayerDecay(0.5), Rewire(0.8, every=2, until=4))[::order]
+    settings = Settings(
+        phases=(Phase(6, config, 4, 8),), data=("x",), tokenizer="bytes", methods=methods
+    )
+    parts = assemble(settings, config)
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    grads = jax.tree.map(lambda w: jnp.cos(w * 100), params)
+    updates, _ = jax.jit(parts.optimizer.update)(
+        grads, parts.optimizer.init(params), params, value=0.0, grads=grads
+    )
+    kernel = optax.apply_updates(params, updates)["blocks"]["mlp"]["up"]["kernel"]
+    assert (kernel == 0).mean(axis=(1, 2)).tolist() == pytest.approx([0.8, 0.8], abs=0.01)

@@ -171,6 +171,24 @@ def test_nonfinite_steps_change_nothing_and_the_kth_stops():
         assert same(after.replace(rng=None), stopped.replace(rng=None))
 
 
+def test_an_update_that_is_not_finite_is_not_made():
+    """An optimizer may overflow where loss and gradient are fine."""
+    overflowing = optax.stateless_with_tree_map(lambda g, p: -0.1 * g)
+    at_second = optax.scale_by_schedule(lambda n: jnp.where(n == 1, jnp.inf, 1.0))
+    optimizer = optax.chain(overflowing, at_second)
+    step = jax.jit(make_train_step(MODEL, [cross_entropy()], optimizer, max_nonfinite=2))
+    state = init_state(jax.random.key(0), params_of(MODEL), optimizer)
+    state, metrics = step(state, {}, batch_of())
+    assert not metrics["skipped"]
+    after, metrics = step(state, {}, batch_of())
+    assert metrics["skipped"]
+    assert jnp.isfinite(metrics["loss"])
+    assert jnp.isfinite(metrics["gradient_norm"])
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, after.params)
+    assert all(jax.tree.leaves(same))
+    assert int(after.extra[NONFINITE]["total"]) == 1
+
+
 def test_plugs_meet(strict):
     """A transform with extra, frozen weights, a term over features and one over logits, at once."""
     params = params_of(MODEL)

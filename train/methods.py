@@ -136,6 +136,8 @@ class Plugs:
       optimizer: wraps the optimizer of the settings.
       updates: what further happens to the updates, after rates and weight decay, and before weights
         are averaged.
+      places: the same, behind the updates of all methods: what says where weights may lie.
+      settled: update from which those places stay; an average of the weights may not begin before.
       split: `params -> (those that train, those that do not)`, traceable; the second part goes into
         `frozen["params"]`, and the loss merges it back.
       frozen: other trees that do not train, by their name in `frozen`.
@@ -151,6 +153,8 @@ class Plugs:
     gradient: Gradient | GradientFunction | None = None
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _same
     updates: tuple[optax.GradientTransformation, ...] = ()
+    places: tuple[optax.GradientTransformation, ...] = ()
+    settled: int = 0
     split: Callable[[PyTree], tuple[PyTree, PyTree]] = everything_trains
     frozen: Mapping[str, FrozenTree] = field(default_factory=dict)
     around: Around | None = None
@@ -222,6 +226,8 @@ def combine(parts: Sequence[Plugs]) -> Plugs:
         gradients[0] if gradients else None,
         optimizer,
         tuple(stage for part in parts for stage in part.updates),
+        tuple(stage for part in parts for stage in part.places),
+        max(0, *(part.settled for part in parts)) if parts else 0,
         split,
         {name: tree for part in parts for name, tree in part.frozen.items()},
         around,

@@ -25,6 +25,14 @@ from train.step import NONFINITE
 
 WEIGHTS = ("average", "z", "init_params", "params0", "x0")
 """Fields of optimizer states that hold weights, not moments: they grow as the weights do."""
+OF_SIDES = ("left", "right", "left_root", "right_root", "left_basis", "right_basis")
+"""Fields that hold something of a parameter's sides: never taken from its places, even where it is
+square and they have its shape."""
+STEPPED_FROM = ("init_particles",)
+"""Fields of weights from which all others are recomputed, by what else the state holds: of a layer
+that begins as nothing, what it was copied from would be made again. They start anew."""
+OF_THE_NEW = ("radius",)
+"""Fields that follow from the parameters alone, and so from the grown ones."""
 
 
 class Carried(NamedTuple):
@@ -32,7 +40,7 @@ class Carried(NamedTuple):
 
     Attributes:
       kept: as they were.
-      copied: from the places of the parameter that they belong to.
+      copied: from the places of the parameter that they belong to, or made anew of it.
       reset: at their start, by the field of the state that holds them.
     """
 
@@ -95,11 +103,18 @@ def carried(state: State, fresh: State, sources: dict[str, Source]) -> tuple[PyT
         nodes[path] = _named_tuple(key_path)
         found = _parameter(path, new_params)
         values[path], fate[path] = leaf, "reset"
-        if found is not None and leaf.shape == new_params[found].shape:
-            source = sources.get(found, Source(found))  # a method's own parameters do not grow
+        field = _field(key_path)
+        if field in OF_SIDES:
+            found = None
+        # A method's own parameters do not grow.
+        source = None if found is None else sources.get(found, Source(found))
+        if source is not None and not source.same and field in (*OF_THE_NEW, *STEPPED_FROM):
+            fate[path] = "made" if field in OF_THE_NEW else "reset"
+            continue
+        if found is not None and source is not None and leaf.shape == new_params[found].shape:
             before = old.get(path.removesuffix(found) + source.path)
             if before is not None and before.shape == params[source.path].shape:
-                take = source.grown if _field(key_path) in WEIGHTS else source.take
+                take = source.grown if field in WEIGHTS else source.take
                 if _apply(take, before).shape == leaf.shape:
                     values[path] = _apply(take, before)
                     fate[path] = "kept" if source.same else "copied"
@@ -125,7 +140,8 @@ def carried(state: State, fresh: State, sources: dict[str, Source]) -> tuple[PyT
             numbers[fate[path]] += leaf.size
             leaves.append(values[path])
     made = jax.tree.unflatten(jax.tree.structure(fresh.optimizer), leaves)
-    return made, Carried(numbers["kept"], numbers["copied"], dict(reset))
+    copied = numbers["copied"] + numbers["made"]
+    return made, Carried(numbers["kept"], copied, dict(reset))
 
 
 def grown_params(params: PyTree, fresh: PyTree, sources: dict[str, Source]) -> PyTree:

@@ -82,7 +82,7 @@ def make_train_step(
     taken over the whole batch before it is split: k micro-batches give the gradient of one batch of
     k times the size, whatever the padding.
 
-    A step whose loss or gradient is not finite changes nothing but the step number and two
+    A step whose loss, gradient or update is not finite changes nothing but the step number and two
     counters. After `max_nonfinite` of them in a row the step does nothing at all, so that the
     caller, who learns of it later, still holds the parameters of the last good step.
 
@@ -116,12 +116,12 @@ def make_train_step(
         norm = optax.tree.norm(widened(grads))
         counters = state.extra[NONFINITE]
         stopped = counters["in_a_row"] >= max_nonfinite
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        good = finite & ~stopped
-
         updates, optimizer_state = optimizer.update(
             grads, state.optimizer, state.params, value=metrics["loss"], grads=grads
         )
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        finite &= jnp.isfinite(optax.tree.norm(widened(updates)))
+        good = finite & ~stopped
         params = optax.apply_updates(state.params, updates)
         extra = {
             t.name: t.update(state.extra[t.name], state.params, grads, context) for t in transforms

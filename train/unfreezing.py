@@ -83,7 +83,9 @@ def unfreezing(name: str, start: int, every: int, layers: int) -> WeightTransfor
     The head trains from the first step, the last block from `start`, each block below it `every`
     steps later, and the embeddings after the first block (Howard & Ruder 2018, arXiv:1801.06146,
     who unfreeze a layer an epoch). So moments, norms and clipping see zeros until then; with
-    `unfreezing_updates` nothing moves either.
+    `unfreezing_updates` nothing moves either. Adam's count of updates runs on meanwhile, so that
+    the bias of its moments is not corrected for a layer that begins late: its first updates are
+    larger, up to 1.6 times the rate at b2 0.95 and 6.5 times at 0.999.
 
     Args:
       name: key in `State.extra`, where it keeps nothing.

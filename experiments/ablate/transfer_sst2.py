@@ -334,7 +334,8 @@ def measure_test(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
       Figures of `experiments.task_report`; (step, validation accuracy) of each evaluation, `curve`,
-      and (step, validation loss), `losses`; accuracy on the training rows at the end, `fitted`.
+      and (step, validation loss), `losses`; accuracy of that checkpoint on the training rows,
+      `fitted`.
     """
     folder = cells / settings["run"]
     return {**report_task(folder), **curves(folder), "fitted": fitted(folder)}
@@ -348,7 +349,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def fitted(folder: Path) -> float:
-    """Returns the accuracy that a run has at its end on its training rows."""
+    """Returns the accuracy of a run's best checkpoint on its training rows."""
     run = open_run(folder)
     phase = run.settings.phases[-1]
     data = read_task(run.settings.task, run.tokenizer, phase.sequence_length)

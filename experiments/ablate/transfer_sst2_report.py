@@ -150,7 +150,7 @@ def _against_tfidf(results: Results, tfidf: float) -> list[str]:
         fitted = np.mean([value["fitted"] for value in values])
         end = np.mean([value["losses"][-1][1] for value in values])
         line += (
-            f"At its end it has {fitted:.1%} of its training rows right; its validation loss is "
+            f"It has {fitted:.1%} of its training rows right; its validation loss is "
             f"lowest, {np.mean([loss for _, loss in lowest]):.3f}, at step "
             f"{np.mean([step for step, _ in lowest]):.0f} of {values[0]['losses'][-1][0]} and "
             f"{end:.3f} at the end."

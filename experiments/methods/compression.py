@@ -167,8 +167,10 @@ class Rewire:
         _ends_in_time(self.name, until, setup.steps)
         rewiring = Rewiring(self.every, until, self.share)
         key = jax.random.key(self.seed)
-        # Before the weights are averaged: an average of what is masked later would be dense.
-        return Plugs(updates=(rewire(key, rules, rewiring, GROWTH[self.growth]),))
+        # Behind all updates, whatever else scales or drops them, and before weights are averaged:
+        # an average of what is masked later would be dense.
+        moves = rewire(key, rules, rewiring, GROWTH[self.growth])
+        return Plugs(places=(moves,), settled=until)
 
 
 @dataclass(frozen=True)

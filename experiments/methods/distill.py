@@ -55,7 +55,8 @@ class Distil:
 
     Attributes:
       teacher: "RUN" or "RUN@STEP", a run with the same tokenizer.
-      hard: weight of the cross-entropy with the text (times its own).
+      hard: weight of the cross-entropy with the text, or of the loss of a task's head (times its
+        own).
       soft: weight of the divergence from the teacher's distribution.
       hidden: weight of the hidden states' loss.
       attention: weight of the attention maps' divergence; as many heads as the teacher's.

@@ -59,7 +59,7 @@ class DistilCached:
 
     Attributes:
       teacher: "RUN" or "RUN@STEP", a run with the same tokenizer.
-      hard: weight of the cross-entropy with the text (times its own): one number, or several that
+      hard: weight of the loss on the data (times its own): one number, or several that
         the run goes through in lines, as in `distil`.
       soft: weight of the divergence from the teacher's distribution.
       kind: what is kept: "top_k" with the mass of the others as one, or "sampled", unbiased draws.

@@ -29,6 +29,9 @@ PROJECTION = "distil_projection"
 """Where the projection of the student's hidden states lies in `frozen`, or, if it trains, in the
 parameters."""
 
+FROM_DATA = ("cross_entropy", "classification", "regression", "span")
+"""Names of the terms that compare with the data: of text, and of the heads of tasks."""
+
 Knots = Sequence[float]
 Prepare = Callable[[Batch, Context], Batch]
 
@@ -53,8 +56,9 @@ def over_run(knots: Knots, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def scaled(term: LossTerm, factor: Any) -> LossTerm:
-    """Returns the cross-entropy, its weight times a function of the step; others as they are."""
-    if term.name != "cross_entropy":
+    """Returns what is learned from the data itself, its weight times a function of the step; other
+    terms as they are."""
+    if term.name not in FROM_DATA:
         return term
     own = term.weight
 
@@ -190,6 +194,11 @@ def _maps_term(name: str, prepare: Prepare, pairs, loss: Callable[..., jax.Array
 
     def total(view: View, batch: Batch, context: Context) -> jax.Array:
         assert view.features is not None
+        if name == "distil_attention" and "prefix" in batch:
+            raise ValueError(
+                "attention is compared as causal maps, and rows of this task begin with a prefix "
+                "that sees all of itself; match relations instead"
+            )
         teacher = {part: batch[f"teacher_{part}"] for part in ("q", "k", "v")}
 
         def one(student: dict[str, jax.Array], teacher: dict[str, jax.Array]) -> jax.Array:

@@ -68,10 +68,11 @@ def assemble(settings: Settings, config: TransformerConfig, workers: int = 1) ->
     if settings.mup is not None:
         factors = settings.mup.rules(config, optimizer).learning_rate_rules
         optimizer = with_factors(optimizer, factors, trained)
-    tx = build(optimizer, settings.schedule, settings.steps, trained, plugs.updates)
+    further = (*plugs.updates, *plugs.places)
+    tx = build(optimizer, settings.schedule, settings.steps, trained, further)
     tx = plugs.optimizer(tx)
     if averages(settings):
-        _check_average(plugs, tx, trained)
+        _check_average(settings, plugs, tx, trained)
     return Parts(config, plugs, terms, tx)
 
 
@@ -150,11 +151,21 @@ def averages(settings: Settings) -> bool:
     return settings.optimizer.tail_fraction is not None
 
 
-def _check_average(plugs: Plugs, tx: optax.GradientTransformation, trained: PyTree) -> None:
+def _check_average(
+    settings: Settings, plugs: Plugs, tx: optax.GradientTransformation, trained: PyTree
+) -> None:
     if plugs.around is not None:
         raise ValueError(
             "tail_fraction averages the weights of one optimizer, and here each worker has its "
             "own; leave it out, or train without the method that makes workers"
+        )
+    share = settings.optimizer.tail_fraction
+    assert share is not None
+    if (begin := settings.steps - round(share * settings.steps)) < plugs.settled:
+        raise ValueError(
+            f"tail_fraction {share:g} averages from update {begin} on, and up to {plugs.settled} "
+            "weights still move to other places, so that the average is not as sparse as they are; "
+            f"give at most {1 - plugs.settled / settings.steps:g}, or let moves end earlier"
         )
     _, average = average_of(jax.eval_shape(tx.init, trained))
     seen, shown = (jax.tree.map(jnp.shape, tree) for tree in (average, trained))

@@ -44,6 +44,7 @@ from parallel.agreement import is_main, spread
 from parallel.vocabulary import pad_vocabulary
 from train.checkpoints import Checkpoints
 from train.loop import reset_nonfinite
+from train.phases import same_shapes
 from train.plugs import PyTree, State
 from train.prompts import refuse_prefix
 from train.settings import Settings, differences
@@ -158,7 +159,11 @@ def _begin(
         split,
         out_shardings=(of_params(layout, trained), of_frozen(layout, {"params": fixed})["params"]),
     )(given)
-    params |= {name: spread(heads[name], of_params(layout, trained)[name]) for name in heads}
+    for name, head in heads.items():
+        if name in trained and same_shapes(head, trained[name]):
+            params[name] = spread(head, of_params(layout, trained)[name])
+        else:
+            _say(f"its {name} is of other shapes than this run's and left out")
     frozen = spread(first_frozen(parts, fixed, open_named), of_frozen(layout, frozen))
     state = jax.jit(
         lambda p, f: first_state(settings, parts, p, f),

@@ -41,7 +41,7 @@ def cautious(direction: optax.GradientTransformation) -> optax.GradientTransform
         updates, state = direction.update(updates, state, params, **extra_args)
 
         def kept(key_path, u, g):
-            agree = u * g > 0
+            agree = jnp.sign(u) * jnp.sign(g) > 0  # a product of small numbers would underflow
             axes = tuple(range(1 if is_stacked(path_of(key_path)) else 0, u.ndim))
             share = agree.astype(jnp.float32).mean(axis=axes, keepdims=True)
             scale = (1.0 / jnp.maximum(share, _SMALLEST_SHARE)).astype(u.dtype)

@@ -171,7 +171,10 @@ def _applied(
 def _learned(
     m: jax.Array, left: jax.Array, right: jax.Array, key: jax.Array, rate: float
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of both factors."""
+    """One step of both factors, and none where there has been no gradient: they would grow on and
+    on, to whiten nothing."""
+    seen = (m != 0).any(axis=(-2, -1))
+    before = left, right
     a = _applied(m, left, right)
     # The same probe for all matrices of a shape, whether they lie in one stack or in several.
     probe = jnp.broadcast_to(jax.random.normal(key, m.shape[-2:], jnp.float32), m.shape)
@@ -191,11 +194,20 @@ def _learned(
     def scaled(q, size):
         return q * (shared / size).reshape(*size.shape, *[1] * (q.ndim - size.ndim))
 
-    return scaled(left, sizes[0]), scaled(right, sizes[1])
+    after = scaled(left, sizes[0]), scaled(right, sizes[1])
+
+    def where_seen(new, old):
+        return jnp.where(seen.reshape(*seen.shape, *[1] * (new.ndim - seen.ndim)), new, old)
+
+    return where_seen(after[0], before[0]), where_seen(after[1], before[1])
 
 
 def _stepped(q: jax.Array, a: jax.Array, b: jax.Array, rate: float, ndim: int) -> jax.Array:
     """``q - rate * triu(a a^T - b b^T) q / |a a^T + b b^T|``, or its diagonal form."""
+    # The ratio is the same for any scale of both; near 1 their squares neither over- nor underflow.
+    largest = [jnp.abs(x).max(axis=(-2, -1), keepdims=True) for x in (a, b)]
+    scale = jnp.maximum(jnp.maximum(*largest), 1e-30)
+    a, b = a / scale, b / scale
     if q.ndim < ndim:
         aa, bb = jnp.square(a).sum(-1), jnp.square(b).sum(-1)
         return q - rate * (aa - bb) / jnp.maximum((aa + bb).max(-1, keepdims=True), 1e-30) * q

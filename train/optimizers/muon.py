@@ -148,6 +148,8 @@ def scale_by_orthogonal_momentum(
         # b: this update's momentum; of the zero at the start, `left` updates later, is still there.
         b = rising(state.count)
         mu = optax.tree.update_moment(updates, state.mu, b, 1)
+        # A momentum that rises is a float32 array, and would make one of a bfloat16 memory.
+        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         count = optax.safe_increment(state.count)
         if nesterov:
             ahead = _corrected(mu, left(optax.safe_increment(count)))

@@ -88,6 +88,8 @@ class Scion(OptimizerSettings):
                 u = self.sign_radius / width * jnp.sign(d32)
             else:
                 axes = tuple(range(1 if is_stacked(path) else 0, d.ndim))
+                # By its largest element first: squares of a momentum that fades would underflow.
+                d32 /= jnp.maximum(jnp.abs(d32).max(axis=axes, keepdims=True), 1e-30)
                 rms = jnp.sqrt(jnp.square(d32).mean(axis=axes, keepdims=True))
                 u = self.rms_radius * d32 / jnp.maximum(rms, 1e-30)
             return u.astype(d.dtype)

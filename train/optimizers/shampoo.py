@@ -161,7 +161,12 @@ def scale_by_shampoo(
 
 
 def _inverse_root(matrices: jax.Array, power: float, eps: float) -> jax.Array:
-    """``(A + eps * largest eigenvalue)^-power`` of symmetric positive matrices [..., n, n]."""
+    """``(A + eps * largest eigenvalue)^-power`` of symmetric positive matrices [..., n, n].
+
+    The identity for a matrix of zeros, of which nothing is known: a root is kept for many updates,
+    and one that is as large as numbers go would blow up the first gradient that comes.
+    """
     values, vectors = jnp.linalg.eigh(matrices)
-    floor = jnp.maximum(eps * values[..., -1:], 1e-30)
+    largest = values[..., -1:]
+    floor = jnp.where(largest > 0, jnp.maximum(eps * largest, 1e-30), 1.0)
     return (vectors * (jnp.maximum(values, 0.0) + floor)[..., None, :] ** -power) @ vectors.mT

@@ -11,6 +11,7 @@ Shapes: N rows, T tokens, P prompt.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ class Instructions:
                     "separator and names out"
                 )
             found = keep_good(path, _read_messages(path), form, parse)
-            return rows_of_split(found, self.files, split, [MESSAGES])
+            return rows_of_split(found, self.files, split, [PROMPT])
         found = keep_good(path, read_rows(path, form, (PROMPT, ANSWER)), form, parse)
         return rows_of_split(found, self.files, split, [PROMPT])
 
@@ -299,7 +300,11 @@ def _read_messages(path: Path) -> Iterator[Row | BadRow]:
         if not said or not all(isinstance(part, str) for pair in said for part in pair):
             yield BadRow(number, "messages without text")
             continue
-        yield Row(number, {MESSAGES: json.dumps(said, ensure_ascii=False)})
+        # By what is said before the first answer a row is divided, as a row of a prompt is: answers
+        # to one question lie in one split.
+        asked = itertools.takewhile(lambda pair: pair[0] != "assistant", said)
+        prompt = "\n".join(text for _, text in asked)
+        yield Row(number, {MESSAGES: json.dumps(said, ensure_ascii=False), PROMPT: prompt})
 
 
 def shortened(batch: Batch, most: int) -> Batch:
