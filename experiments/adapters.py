@@ -50,6 +50,7 @@ from experiments.runs.assemble import (
 )
 from experiments.runs.run import Run, averaged_weights, config_for, open_run, phase_at
 from model.heads import heads_of, without_heads
+from model.safetensors_files import write_safetensors
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
 from train.checkpoints import Checkpoints
 from train.methods import one_side
@@ -91,8 +92,6 @@ def save_adapter(run_folder: Path, out: Path, step: int | None = None) -> list[s
     Raises:
       ValueError: `out` exists, or the run has no such method, or others that shape its weights.
     """
-    from safetensors.numpy import save_file
-
     check_free(out)
     run = open_run(run_folder, step)
     method = _lora_of(run)
@@ -111,7 +110,7 @@ def save_adapter(run_folder: Path, out: Path, step: int | None = None) -> list[s
     alpha = 2.0 * method.rank if method.alpha is None else method.alpha
     with made_at_once(out) as folder:
         folder.mkdir(parents=True)
-        save_file(arrays, folder / WEIGHTS)
+        write_safetensors(folder / WEIGHTS, arrays)
         spec = {
             "version": VERSION,
             "method": {**asdict(method), "alpha": alpha},

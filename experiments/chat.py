@@ -33,6 +33,9 @@ from model.heads import without_heads
 from model.stack import apart
 from model.stream import Decoding, begin, draw, read
 from train.tasks.chat import ChatTemplate, Instructions, Message, encode
+from train.tasks.classification import Classification
+from train.tasks.regression import Regression
+from train.tasks.squad import Squad
 from train.tasks.translation import Translation
 from train.tokenizers.tokenizer import Tokenizer
 
@@ -105,15 +108,27 @@ def open_talk(run: Run, sampling: Sampling, max_new_tokens: int, seed: int = 0) 
     return Talk(run, weights, sampling, max_new_tokens, jax.random.key(seed))
 
 
+_ANSWERED_BY = {
+    Classification: "experiments.predict",
+    Regression: "experiments.predict",
+    Squad: "experiments.open_qa",
+}
+
+
 def mode_of(run: Run, asked: str | None) -> str:
     """Returns the mode of a talk.
 
     Raises:
-      ValueError: one that the model cannot do.
+      ValueError: one that the model cannot do, or a model whose task is no talk.
     """
     task = run.settings.task
     trained = {Translation: "translation", Instructions: "chat"}.get(type(task), "continuation")
     mode = trained if asked is None else asked
+    if asked is None and (other := _ANSWERED_BY.get(type(task))):
+        raise ValueError(
+            f"{run.folder} was trained for {task.name}, which {other} does; "
+            "--mode continuation lets it go on with a text all the same"
+        )
     two = isinstance(run.model.config, EncoderDecoderConfig)
     if two and mode != "translation":
         raise ValueError(f"{run.folder} is an encoder-decoder, which translates; leave --mode out")

@@ -24,10 +24,10 @@ from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
 from experiments.json_files import read_json, write_json
 from experiments.runs.run import open_run
-from experiments.tasks.labels import MEAN, in_own_units, labels_of, task_of
+from experiments.tasks.labels import MEAN, PLAIN, ROWS, in_own_units, labels_of, task_of
 from model import huggingface, huggingface_files
 from model.config import TransformerConfig
-from model.heads import without_heads
+from model.heads import heads_of, without_heads
 from model.huggingface_classifier import is_classifier, load_classifier, save_classifier
 from parallel.vocabulary import strip_vocabulary
 from train.checkpoints import Checkpoints
@@ -96,19 +96,25 @@ def to_huggingface(
     with made_at_once(out) as folder:
         extra: dict[str, Any] = {"eos_token_id": end, "bos_token_id": end}
         if (labels := labels_of(run.settings.task)) is None:
-            huggingface.save(
-                folder, run.model.config, without_heads(params), dtype=dtype, extra=extra
-            )
+            if heads := heads_of(params):
+                word = " and ".join(heads)
+                notes = [*notes, f"             without its {word}: transformers has no such head"]
+            params = without_heads(params)
+            huggingface.save(folder, run.model.config, params, dtype=dtype, extra=extra)
         else:
             # No row may end with the token that fills rows up: see model.huggingface_classifier.
-            template = template_for(run.settings.task)
+            template = extra[ROWS] = template_for(run.settings.task)
             pad = end if not template.endswith("{end}") else int(end == 0)
             if isinstance(run.settings.task, Regression):
                 params, extra[MEAN], about_mean = in_own_units(run.settings.task, params)
                 notes = [*notes, about_mean]
             args = (folder, run.model.config, params, labels)
             save_classifier(*args, pad_token=pad, dtype=dtype, extra=extra)
-            notes = [*notes, f"             of rows {template!r}, filled up with token {pad}"]
+            notes = [
+                *notes,
+                f"             of rows {template!r} ({ROWS} in config.json), each part encoded by",
+                f"             itself, filled up with token {pad}",
+            ]
         for name, content in files.items():
             (folder / name).write_bytes(content)
     return [
@@ -145,7 +151,8 @@ def from_huggingface(
     task = None
     if is_classifier(folder):
         config, params, labels, _ = load_classifier(folder, dtype=dtype)
-        task = task_of(labels, float(read_json(folder / huggingface_files.CONFIG).get(MEAN, 0.0)))
+        said = read_json(folder / huggingface_files.CONFIG)
+        task = task_of(labels, float(said.get(MEAN, 0.0)), str(said.get(ROWS, PLAIN)))
     else:
         config, params = huggingface.load(folder, dtype=dtype)
     kept, params = _without_padding(config, params, pieces, folder)
@@ -159,7 +166,7 @@ def from_huggingface(
         f"run          {out} at step 0",
     ]
     if task is not None:
-        lines.insert(2, f"task         {task.name}: {', '.join(labels)}")
+        lines.insert(2, f"task         {task.name}: {', '.join(labels)}; rows {task.template!r}")
     if padding := config.vocabulary_size - kept.vocabulary_size:
         lines.insert(2, f"             without {padding} rows that no piece of the tokenizer uses")
     return lines

@@ -238,7 +238,7 @@ def main() -> int:
     if is_main():
         parts = "  ".join(f"{name} {spent:.1f} s" for name, spent in outcome.seconds.items())
         step = int(outcome.state.step)
-        print(f"{outcome.reason} at step {step} after {seconds:.1f} s  ({parts})")
+        print(f"{outcome.reason} at step {step} after {seconds:.1f} s  (the whole run: {parts})")
     if outcome.reason == "signal":
         assert outcome.signal is not None
         name = signal.Signals(outcome.signal).name

@@ -18,6 +18,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty") from None
         raise ValueError(f"{path} is damaged ({error}); put it back from a copy") from None
 
 

@@ -43,11 +43,14 @@ class Predict:
       data: file of the rows: .tsv, .csv, .jsonl, or any text with --separator.
       out: file to write, a JSON object a line.
       unlabelled: whether the rows have no labels, so that there is nothing to measure.
-      columns: NAME=COLUMN where a column is called otherwise than text, text2 or label.
+      columns: NAME=COLUMN where a column is called otherwise than text, text2 or label; by default
+        as in the files that the run was trained on.
       separator: of columns; by default a tab in .tsv, a comma in .csv.
       column_names: in order, where the first line does not name them.
       bad_rows: "stop" at a row that does not parse, or "skip" it and count.
       rename: LABEL=NAME where labels of the file are called otherwise in the run.
+      template: of the rows, as in `experiments.finetune`, for a folder that was not written here;
+        by default that of the run, and the text alone for such a folder.
       tokenizer: of a folder that has none that is read here.
       batch_size: rows at a time.
     """
@@ -61,6 +64,7 @@ class Predict:
     column_names: tuple[str, ...] = ()
     bad_rows: Literal["stop", "skip"] = "stop"
     rename: tuple[str, ...] = ()
+    template: str | None = None
     tokenizer: str | None = None
     batch_size: int = 64
 
@@ -122,8 +126,10 @@ def _task(command: Predict, run: Run) -> Any:
             f"{command.run} has {kind}; classes and numbers are predicted here, "
             "experiments.generate and experiments.chat write text"
         )
+    # Of a file whose columns are not named by hand, as those that the run was trained on.
+    own = () if command.column_names else task.files.form.columns
     form = RowFormat(
-        named_pairs("columns", command.columns),
+        named_pairs("columns", command.columns) or own,
         command.separator,
         command.column_names,
         command.bad_rows,
@@ -134,7 +140,9 @@ def _task(command: Predict, run: Run) -> Any:
     if rename and command.unlabelled:
         raise ValueError("rename is for labels of the file, which has none; leave it out")
     changes: dict[str, Any] = {"rename": rename} if rename else {}
-    if task.template is None:  # chosen by the columns that it was trained with, not by these
+    if command.template is not None:
+        changes["template"] = command.template
+    elif task.template is None:  # chosen by the columns that it was trained with, not by these
         changes["template"] = template_for(task)
     return dataclasses.replace(task, files=TaskFiles(((TEST, str(command.data)),), form), **changes)
 

@@ -249,7 +249,7 @@ def _say(out: Path, outcome: Outcome, seconds: float) -> None:
     """Prints how a run ended."""
     step = int(outcome.state.step)
     parts = "  ".join(f"{name} {spent:.1f} s" for name, spent in outcome.seconds.items())
-    print(f"{outcome.reason} at step {step} after {seconds:.1f} s  ({parts})")
+    print(f"{outcome.reason} at step {step} after {seconds:.1f} s  (the whole run: {parts})")
     if outcome.evaluation:
         numbers = (f"{name} {outcome.evaluation[name]:.4f}" for name in ("loss", "bits_per_byte"))
         print("validation  " + "  ".join(numbers))

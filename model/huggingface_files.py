@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from model.safetensors_files import write_safetensors
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -143,15 +145,13 @@ def write_shards(
       stream: key and values, in the order of the plan.
       plan: keys of each file, and their bytes.
     """
-    from safetensors.numpy import save_file
-
     names = [f"model-{i + 1:05}-of-{len(plan):05}.safetensors" for i in range(len(plan))]
     if len(plan) == 1:
         names = [WEIGHTS]
     for name, sizes in zip(names, plan, strict=True):
         shard = dict(islice(stream, len(sizes)))
         assert shard.keys() == sizes.keys()
-        save_file(shard, directory / name, metadata={"format": "pt"})
+        write_safetensors(directory / name, shard, {"format": "pt"})
         del shard  # before the next is built
     if len(plan) > 1:
         index = {

@@ -25,7 +25,9 @@ from train.losses import counts_of, loss_function
 from train.plugs import Context
 from train.settings import Phase, Settings
 from train.tasks.chat import ChatTemplate, Instructions, Message, encode, messages_of
+from train.tasks.classification import Classification
 from train.tasks.rows import RowFormat
+from train.tasks.squad import Squad
 from train.tasks.task import DIVIDED, SPLITS, TaskFiles, task_evaluation_batches
 from train.tasks.translation import Translation, translate
 from train.tokenizers.tokenizer import load_tokenizer
@@ -173,6 +175,11 @@ def test_modes_follow_the_task_and_what_cannot_be_is_refused():
     assert chat.mode_of(run, None) == "continuation"
     assert chat.mode_of(talk_of(model, params, Instructions()).run, None) == "chat"
     assert chat.mode_of(talk_of(model, params, Translation()).run, None) == "translation"
+    for task, command in ((Classification(), "predict"), (Squad(), "open_qa")):
+        tuned = talk_of(model, params, task).run
+        with pytest.raises(ValueError, match=f"which experiments.{command} does"):
+            chat.mode_of(tuned, None)
+        assert chat.mode_of(tuned, "continuation") == "continuation"
     with pytest.raises(ValueError, match="not trained to translate"):
         chat.mode_of(run, "translation")
     two = talk_of(*built(encoder_decoder_tiny), Translation()).run

@@ -126,7 +126,7 @@ def test_what_trains_beside_a_frozen_model_is_the_head(files, parent, tmp_path):
     assert np.abs(np.asarray(head["kernel"])).max() > 0
 
 
-def test_adapters_train_with_the_head_and_open_again(files, parent, tmp_path):
+def test_adapters_train_with_the_head_and_open_again(files, parent, tmp_path, capsys):
     """And a classifier starts another: with its head for the same labels, without it for others."""
     settings = settings_for(files, methods=(Lora(rank=1),), parent=str(parent))
     outcome = execute(settings, tmp_path / "run", QUIET)
@@ -151,6 +151,10 @@ def test_adapters_train_with_the_head_and_open_again(files, parent, tmp_path):
     fresh = execute(dataclasses.replace(again, task=other), tmp_path / "fresh", QUIET).state
     assert fresh.params["score"]["kernel"].shape == (32, 3)
 
+    said = capsys.readouterr().out
+    assert "its head (score) is left out: labels ('bad', 'good') there" in said
+    assert "--task.rename" in said
+
     grams = dataclasses.replace(again.task, pool="mean", grams=2, buckets=16)
     first = execute(dataclasses.replace(again, task=grams), tmp_path / "grams", QUIET)
     wider = dataclasses.replace(again, task=dataclasses.replace(grams, buckets=32))
@@ -158,6 +162,9 @@ def test_adapters_train_with_the_head_and_open_again(files, parent, tmp_path):
     larger = execute(wider, tmp_path / "wider", QUIET)
     sizes = [o.state.params["score"]["grams"]["embedding"].shape for o in (first, larger)]
     assert sizes == [(16, 2), (32, 2)]
+    said = capsys.readouterr().out
+    assert "pool 'last' there, 'mean' here (--task.pool)" in said
+    assert "its score is of other shapes than this run's and left out" in said
     assert open_run(tmp_path / "wider").params["score"]["grams"]["embedding"].shape == (32, 2)
 
 

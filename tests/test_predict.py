@@ -2,21 +2,27 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiments.compress import Compress
+from experiments.compress import run_command as compress
+from experiments.compression.compressors import Magnitude, RoundToNearest
 from experiments.convert import to_huggingface
 from experiments.finetune import settings_of
 from experiments.predict import Predict, run_command
 from experiments.runs.execute import execute
 from experiments.runs.run import open_run
 from experiments.task_report import report_task
-from model.presets import modern_mini
+from model.presets import modern_mini, modern_tiny
 from tests.test_finetune import LOOP, QUIET, command, files, settings_for  # noqa: F401 (fixture)
 from tests.test_run import own_cache  # noqa: F401 (fixture)
+from train.settings import Phase
 from train.tasks.classification import Classification
 from train.tasks.regression import Regression
+from train.tasks.rows import RowFormat
 from train.tasks.task import TaskFiles
 
 pytest.importorskip("sklearn")
@@ -90,6 +96,63 @@ def test_a_folder_of_transformers_says_the_same(files, tmp_path):  # noqa: F811
     assert any(f"accuracy {accuracy:.4f}" in line for line in said)
     with pytest.raises(ValueError, match="keeps its tokenizer"):
         run_command(dataclasses.replace(ask, run=str(tmp_path / "run"), out=tmp_path / "d.jsonl"))
+
+
+def test_a_folder_of_ours_says_how_its_rows_are_written(run, files, tmp_path):  # noqa: F811
+    """With ends of documents around the text, which no folder from elsewhere has."""
+    said = to_huggingface(run, tmp_path / "hf")
+    assert any("'{end}{text}{end}' (row_template in config.json)" in line for line in said)
+    test = dict(files.paths)["test"]
+    ask = Predict(f"hf:{tmp_path / 'hf'}", test, tmp_path / "a.jsonl", tokenizer="bytes")
+    run_command(ask)
+    expected = lines(run / "predictions-test.jsonl")
+    close(lines(tmp_path / "a.jsonl"), expected)
+    bare = dataclasses.replace(ask, template="{text}", out=tmp_path / "b.jsonl")
+    run_command(bare)
+    apart = zip(lines(tmp_path / "b.jsonl"), expected, strict=True)
+    assert any(
+        abs(a["probabilities"]["good"] - b["probabilities"]["good"]) > 1e-4 for a, b in apart
+    )
+
+
+def test_columns_are_called_as_in_training(files, tmp_path):  # noqa: F811
+    named = []
+    for split, path in files.paths:
+        renamed = tmp_path / f"{split}-named.tsv"
+        renamed.write_text(Path(path).read_text().replace("text\tlabel", "sentence\tmood"))
+        named.append((split, str(renamed)))
+    columns = (("text", "sentence"), ("label", "mood"))
+    theirs = TaskFiles(tuple(named), RowFormat(columns=columns))
+    execute(settings_for(theirs), tmp_path / "run", QUIET)
+    said = run_command(Predict(str(tmp_path / "run"), named[2][1], tmp_path / "a.jsonl"))
+    assert any("accuracy" in line for line in said)
+    plain = Predict(
+        str(tmp_path / "run"),
+        dict(files.paths)["test"],
+        tmp_path / "b.jsonl",
+        columns=("text=text", "label=label"),
+    )
+    run_command(plain)
+    close(lines(tmp_path / "b.jsonl"), lines(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("method", [RoundToNearest("q8_0"), Magnitude()])
+def test_a_classifier_with_an_idle_head_is_compressed(files, tmp_path, method):  # noqa: F811
+    """The head of its language model lies beside what the task computes with, in plain numbers."""
+    untied = Phase(8, modern_tiny(), batch_size=4, sequence_length=12)
+    execute(settings_for(files, phases=(untied,)), tmp_path / "run", QUIET)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    ask = Compress(
+        method=method, run=tmp_path / "run", out=tmp_path / "small", calibration=str(text)
+    )
+    compress(ask)
+    before, after = (open_run(tmp_path / name) for name in ("run", "small"))
+    heads = (opened.params["head"]["kernel"] for opened in (after, before))
+    np.testing.assert_allclose(*heads, atol=1e-3)  # of 8 bits
+    test = dict(files.paths)["test"]
+    said = run_command(Predict(str(tmp_path / "small"), test, tmp_path / "a.jsonl"))
+    assert any("accuracy" in line for line in said)
 
 
 def test_a_regression_leaves_in_its_own_units(numbers, tmp_path):

@@ -23,9 +23,11 @@ Two numbers are given, for two ways in which batches may come about:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 
@@ -103,9 +105,22 @@ def spent(
     partition = float(library.get_epsilon_gaussian(noise / math.sqrt(squares), delta))
     sampled = library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(noise))
     accountant = library.rdp.RdpAccountant()
-    accountant.compose(library.SelfComposedDpEvent(sampled, len(batches)))
-    poisson = float(accountant.get_epsilon(delta))
+    with _quiet():  # of orders whose series does not converge: it takes the best of the others
+        accountant.compose(library.SelfComposedDpEvent(sampled, len(batches)))
+        poisson = float(accountant.get_epsilon(delta))
     return Privacy(delta, partition, poisson, times, rate, examples)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the library's warnings off the screen."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _uses(batches: Sequence[int], n: int, share: float, rounding: int) -> dict[int, int]:

@@ -22,6 +22,7 @@ from compress.export.stored import abstract_from, describe
 from model.config import TransformerConfig, config_from_dict
 from model.flops import abstract_params
 from model.rules import leaf_paths
+from model.safetensors_files import write_safetensors
 
 PyTree = Any
 
@@ -81,8 +82,6 @@ def save_native(folder: Path, config: TransformerConfig, params: PyTree) -> None
     >>> config == model.config, again["final_norm"]["scale"].shape
     (True, (32,))
     """
-    from safetensors.numpy import save_file
-
     if folder.exists():
         raise ValueError(f"{folder} exists already and nothing is overwritten; give a free name")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +91,7 @@ def save_native(folder: Path, config: TransformerConfig, params: PyTree) -> None
         arrays = {path: np.asarray(leaf) for path, leaf in flat(params).items()}
         types = {path: array.dtype.name for path, array in arrays.items()}
         plain = {path: _bits(array) for path, array in arrays.items()}
-        save_file(plain, temporary / WEIGHTS)
+        write_safetensors(temporary / WEIGHTS, plain)
         content = {
             "version": VERSION,
             "config": dataclasses.asdict(config),

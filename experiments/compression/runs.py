@@ -14,8 +14,10 @@ import jax
 import optax
 
 from compress.export.stored import describe
+from compress.lowrank import plain_array
 from experiments.folders import made_at_once
 from experiments.json_files import write_json
+from experiments.runs.assemble import abstract_frozen, assemble, keep_frozen
 from experiments.runs.run import WEIGHTS
 from model.config import TransformerConfig
 from train.checkpoints import Checkpoints
@@ -65,9 +67,11 @@ def write_run(
     with made_at_once(out) as run:
         run.mkdir()
         shutil.copytree(tokenizer, run / "tokenizer")
+        params, fixed = _apart(settings, config, params)
         state = init_state(jax.random.key(settings.seed), params, optax.identity())
+        info = {"phase": 0, "seconds": {}, "frozen": keep_frozen(run, fixed)}
         with Checkpoints(run / "checkpoints") as checkpoints:
-            checkpoints.save(0, state, {"phase": 0, "seconds": {}}, wait=True)
+            checkpoints.save(0, state, info, wait=True)
         (run / "metrics.jsonl").touch()
         if any((description := describe(params)).values()):
             write_json(run / WEIGHTS, description)
@@ -75,3 +79,19 @@ def write_run(
             run / "result.json", {"reason": "compressed", "step": 0, "evaluation": None, **facts}
         )
         write_json(run / "settings.json", to_json(settings))
+
+
+def _apart(settings: Settings, config: TransformerConfig, params: PyTree) -> tuple[PyTree, PyTree]:
+    """Parameters as a run of these settings holds them: what trains, and what lies beside it.
+
+    That is the head of a language model whose task has one of its own. It is kept in plain numbers,
+    those that the method made of it.
+    """
+    abstract = abstract_frozen(settings, assemble(settings, config)).get("params", {})
+    plain = {name: jax.tree.map(_plain, abstract[name], params[name]) for name in abstract}
+    rest = {name: tree for name, tree in params.items() if name not in abstract}
+    return rest, {"params": plain} if plain else {}
+
+
+def _plain(wanted: Any, leaf: Any) -> jax.Array:
+    return plain_array(leaf, wanted.dtype)

@@ -219,17 +219,37 @@ def _adopt(
     if adapted := adapted_paths(run.params):
         _say(f"the low-rank factors of {len(adapted)} weights are merged into them")
     heads = heads_of(run.params)
-    if heads and not _fits(settings.task, run.settings.task):
-        _say(f"its {' and '.join(heads)} are of another task and left out")
+    if heads and (why := _unlike(settings.task, run.settings.task)):
+        _say(f"its head ({', '.join(heads)}) is left out: {why}")
         heads = {}
+    if heads and (lines := _read_otherwise(settings.task, run.settings.task)):
+        _say(f"its head was trained on rows that were written otherwise: {'; '.join(lines)}")
     return params, heads
 
 
-def _fits(ours: Any, theirs: Any) -> bool:
-    """Whether the head of one task is one of another: it means the same, and reads it alike."""
-    unlike = {"labels": (), "by": "head", "pool": "last", "mean": None, "scale": None}
-    about = [{k: getattr(t, k, v) for k, v in unlike.items()} for t in (ours, theirs)]
-    return type(ours) is type(theirs) and about[0] == about[1]
+def _unlike(ours: Any, theirs: Any) -> str:
+    """What keeps the head of one task from being one of another: other meaning, other reading."""
+    if type(ours) is not type(theirs):
+        kinds = (getattr(task, "name", "no task") for task in (theirs, ours))
+        return "it is for {}, and this is {}".format(*kinds)
+    fields = {"labels": (), "by": "head", "pool": "last", "mean": None, "scale": None}
+    names = [k for k, v in fields.items() if getattr(ours, k, v) != getattr(theirs, k, v)]
+    if not names:
+        return ""
+    lines = [f"{k} {getattr(theirs, k)!r} there, {getattr(ours, k)!r} here" for k in names]
+    hint = " (--task.rename NAME LABEL ... maps those of the files)" if "labels" in names else ""
+    hint += " (--task.pool)" if "pool" in names else ""
+    return "; ".join(lines) + hint
+
+
+def _read_otherwise(ours: Any, theirs: Any) -> list[str]:
+    """What is other in how two tasks of one kind write their rows, where a head is kept."""
+    names = ("attention", "mark", "order", "most_windows", "question_length")
+    return [
+        f"{name} {getattr(theirs, name)!r} there, {getattr(ours, name)!r} here"
+        for name in names
+        if getattr(ours, name, None) != getattr(theirs, name, None)
+    ]
 
 
 def _say(text: str) -> None:

@@ -18,6 +18,9 @@ PLAIN = "{text}"
 MEAN = "label_mean"
 """Where the folder of a regression has the mean of its numbers, which its head has no place for."""
 
+ROWS = "row_template"
+"""Where a folder of ours says how its rows are written."""
+
 
 def labels_of(task: Any) -> tuple[str, ...] | None:
     """Returns the labels that the head of a task has, one for a regression; None without a head.
@@ -42,19 +45,22 @@ def labels_of(task: Any) -> tuple[str, ...] | None:
     return labels
 
 
-def task_of(labels: Sequence[str], mean: float = 0.0) -> Classification | Regression:
-    """Returns the task of a classifier that transformers trained.
+def task_of(
+    labels: Sequence[str], mean: float = 0.0, template: str = PLAIN
+) -> Classification | Regression:
+    """Returns the task of a classifier that lies in a folder of transformers.
 
     Args:
       labels: of its classes; one alone is a regression.
       mean: of a regression, see `in_own_units`.
+      template: of its rows; a folder that we did not write says nothing of it.
 
     >>> task_of(["bad", "good"]).template, task_of(["value"]).name
     ('{text}', 'regression')
     """
     if len(labels) == 1:
-        return Regression(template=PLAIN, mean=mean, scale=1.0)
-    return Classification(template=PLAIN, labels=tuple(labels))
+        return Regression(template=template, mean=mean, scale=1.0)
+    return Classification(template=template, labels=tuple(labels))
 
 
 def in_own_units(task: Regression, params: Mapping[str, Any]) -> tuple[dict[str, Any], float, str]:

@@ -5,6 +5,7 @@ Shapes: N examples, C classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,9 +43,15 @@ def class_metrics(
         "loss": float(metrics.log_loss(labels_N, p_NC, labels=classes)),
         "accuracy": float(metrics.accuracy_score(labels_N, guesses_N)),
         "f1": float(metrics.f1_score(labels_N, guesses_N, zero_division=0, **which)),
-        "matthews": float(metrics.matthews_corrcoef(labels_N, guesses_N)),
+        "matthews": _matthews(labels_N, guesses_N),
         "calibration_error": calibration_error(labels_N, p_NC),
     }
+
+
+def _matthews(labels_N: np.ndarray, guesses_N: np.ndarray) -> float:
+    with warnings.catch_warnings():  # of rows that all have one label, at every evaluation
+        warnings.filterwarnings("ignore", "A single label was found", UserWarning)
+        return float(_metrics().matthews_corrcoef(labels_N, guesses_N))
 
 
 def number_metrics(

@@ -34,6 +34,7 @@ from train.tasks.rowwise import (
     language_term,
     padded,
     read_split,
+    refuse_two_sides,
     row_outputs,
     scores_of,
     template_for,
@@ -136,7 +137,12 @@ class Classification:
         return {SCORE: made}
 
     def terms(self, model: Transformer, label_smoothing: float) -> tuple[LossTerm, ...]:
-        """Returns the cross-entropy of the labels, and of the text where asked for."""
+        """Returns the cross-entropy of the labels, and of the text where asked for.
+
+        Raises:
+          ValueError: the model reads rows in two parts.
+        """
+        refuse_two_sides(self.name, model)
         if self.by == "words":
             return (cross_entropy(label_smoothing),)
         found = (row_cross_entropy(scores_of(self), label_smoothing),)

@@ -23,6 +23,7 @@ from train.tasks.rowwise import (
     language_term,
     padded,
     read_split,
+    refuse_two_sides,
     row_outputs,
     scores_of,
     template_for,
@@ -89,7 +90,12 @@ class Regression:
         return {SCORE: init_head(key, config.width, 1, jnp.dtype(config.parameter_dtype))}
 
     def terms(self, model: Transformer, label_smoothing: float) -> tuple[LossTerm, ...]:
-        """Returns the squared error, and the cross-entropy of the text where asked for."""
+        """Returns the squared error, and the cross-entropy of the text where asked for.
+
+        Raises:
+          ValueError: label smoothing, or a model that reads rows in two parts.
+        """
+        refuse_two_sides(self.name, model)
         if label_smoothing:
             raise ValueError("label_smoothing is for classes; a regression has none")
         return (row_squared_error(scores_of(self)), *language_term(self.language_weight))

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from model.config import EncoderDecoderConfig
 from model.heads import POOLS, Pool, pool, scores
 from model.transformer import Transformer, features
 from train.losses import cross_entropy
@@ -55,6 +56,15 @@ def check_rowwise(task: Rowwise) -> None:
         raise ValueError(f"language_weight is {task.language_weight}; it must be at least 0")
     if task.template is not None and LABEL in columns_of(task.template):
         raise ValueError("the template shows the label, which is what is asked for")
+
+
+def refuse_two_sides(name: str, model: Any) -> None:
+    """Raises ValueError for a model that reads rows in two parts."""
+    if isinstance(model.config, EncoderDecoderConfig):
+        raise ValueError(
+            f"a {name} reads a row as one text, and an encoder-decoder wants a source and a "
+            "target; give a decoder-only model as --start or --model"
+        )
 
 
 def template_for(task: Rowwise) -> str:
