@@ -160,6 +160,19 @@ def replayed(files, parent):  # noqa: F811
     return settings_for(files, parent=str(parent), methods=(Replay(text, length=8),))
 
 
+def test_old_text_comes_in_an_order_of_its_own():
+    """With as many windows as rows, a row does not meet the same window in every epoch."""
+    rows = 24
+    made = task_batches({"tokens": np.arange(rows)[:, None]}, seed=0, batch_size=1)
+    old = Split(np.arange(4 * rows + 1, dtype=np.int32), np.zeros(1, np.int64), 4 * rows)
+    both = with_old_text(made, old, seed=0, length=4, batch_size=1)
+    met = [
+        [(int(b["tokens"][0, 0]), int(b["replay_tokens"][0, 0])) for b in epoch]
+        for epoch in ([both[step] for step in range(n * rows, (n + 1) * rows)] for n in (0, 1))
+    ]
+    assert len(set(met[0]) & set(met[1])) < rows // 3
+
+
 def test_a_run_resumes_bitwise(replayed, tmp_path):
     whole = execute(replayed, tmp_path / "whole", QUIET)
     shutil.copytree(tmp_path / "whole", tmp_path / "halves")

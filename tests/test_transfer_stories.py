@@ -164,7 +164,7 @@ def test_the_ratio_is_of_seconds_to_where_scratch_ends():
 def test_every_way_has_as_many_trials_and_tables_use_one_of_them():
     for way in tuning.ADAMW_RATES:
         trials = tuning.trials(way)
-        assert len(trials) == 6
+        assert len(trials) == 7
         assert stories.WAYS[way].optimizer in trials.values()
     replays = {stories.LORA_REPLAY: stories.LORA, stories.FULL_REPLAY: stories.FULL}
     assert {*tuning.ADAMW_RATES, *replays} == {*stories.WAYS}
@@ -180,8 +180,8 @@ def test_trials_say_when_another_than_the_best_is_used():
     text = "\n".join(tuning.render(Results(found)))
     assert "| AdamW 0.001 | AdamW 0.003 |" in text
     assert "Not the best of these trials is what is used of: full." in text
-    assert len(found) == 6
-    assert all(f"| {2 + n}.000 " in text for n in range(6))
+    assert len(found) == 7
+    assert all(f"| {2 + n}.000 " in text for n in range(7))
     del found["full, Muon 0.02"]
     assert "Not the best" not in "\n".join(tuning.render(Results(found)))  # not all are there
 
@@ -191,8 +191,8 @@ def test_every_trial_runs_at_tiny_size(request_):
     gathered = Gathered({})
     complete((tuning.TABLE,), request_, gathered)
     found = gathered.results(tuning.TABLE.name)
-    assert len(found.by_name) == 24
-    assert len({row[tuning.SEED]["loss"] for row in found.by_name.values()}) == 24
+    assert len(found.by_name) == 28
+    assert len({row[tuning.SEED]["loss"] for row in found.by_name.values()}) == 28
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from model.transformer import Transformer, features, head
 from train.corpus import Split
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import grain
 
 NAME = "replay"
+ORDER = 1  # beside the seed, for the order of the old text
 FIELDS = ("tokens", "targets", "weights")
 DROPOUT_STREAM = 0x01D7  # folded into the step's key: apart from what the task draws from it
 
@@ -55,8 +57,11 @@ def with_old_text(
     """
     import grain
 
+    # Apart from the order of the rows, which is drawn from (seed, 0) too: with as many windows as
+    # rows each would meet the same one in every epoch.
+    own_seed = int(np.random.SeedSequence((seed, ORDER)).generate_state(1)[0])
     beside = batches(
-        [(old, 1.0)], seed=seed, sequence_length=length, batch_size=batch_size, rows=rows
+        [(old, 1.0)], seed=own_seed, sequence_length=length, batch_size=batch_size, rows=rows
     )
 
     def batch_at(step: int) -> dict[str, Any]:

@@ -88,7 +88,7 @@ LORA_REPLAY, FULL_REPLAY = f"{LORA}, {REPLAY}", f"{FULL}, {REPLAY}"
 GROWN, SCRATCH = "grown to twice the layers", "twice the layers from scratch"
 GROWTH, COSTS = "logits after growth", "costs of a step"
 # What the trials chose, see `experiments.ablate.transfer_stories_tuning`.
-_FACTORS, _WHOLE = (AdamW(learning_rate=rate, weight_decay=0.1) for rate in (1e-2, 3e-3))
+_FACTORS, _WHOLE = AdamW(learning_rate=1e-2, weight_decay=0.1), Muon(5e-3, 1e-3)
 WAYS: dict[str, Way] = {
     LORA: Way(_FACTORS, 8),
     LORA_REPLAY: Way(_FACTORS, 8, replay=True),
