@@ -84,7 +84,8 @@ def parse_with_methods(
       The command, and the settings of the methods in the order given.
 
     Raises:
-      ValueError: as in `parse`; a method that there is not, or given twice.
+      ValueError: as in `parse`; a method that there is not, or given twice, or a flag of one that
+        is not given.
 
     >>> words = ["--method", "noise", "--noise.top-k", "4"]
     >>> groups = {"sampling": ("plain", {"plain": Sampling})}
@@ -107,6 +108,10 @@ def parse_with_methods(
         if name in names:
             raise ValueError(f"the method {name} is given twice; give it once")
         names.append(name)
+    for word in rest:
+        owner = word.removeprefix("--").partition(".")[0].replace("-", "_")
+        if word.startswith("--") and "." in word and owner in methods and owner not in names:
+            raise ValueError(f"{word} is of the method {owner}; add --method {owner}")
     fields = []
     for name in names:
         default = methods[name]()

@@ -164,5 +164,7 @@ def test_a_command_names_methods():
     assert parse_with_methods(Pretrain, groups, METHODS, [])[1] == ()
     with pytest.raises(ValueError, match="no method is called 'frieze'; there are freeze"):
         parse_with_methods(Pretrain, groups, METHODS, ["--method=frieze"])
+    with pytest.raises(ValueError, match=r"--prune\.sparsity is of the method prune; add --method"):
+        parse_with_methods(Pretrain, groups, METHODS, ["--prune.sparsity", "0.5"])
     with pytest.raises(ValueError, match="given twice"):
         parse_with_methods(Pretrain, groups, METHODS, ["--method=freeze", "--method", "freeze"])
