@@ -256,7 +256,7 @@ def picture(results: Results) -> Any:
     axes.set(xlabel="step", ylabel="validation accuracy, %")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     return figure
 
 
