@@ -3,8 +3,8 @@
     python -m experiments.speedrun --scale demo
 
 trains a baseline for a fixed number of steps, then the recommended recipe to the same loss. It
-needs no download and under four minutes on two CPU cores, prints a table and a sample of text, and
-writes JSON, Markdown and a picture of loss against time.
+needs no download and three to five minutes on two CPU cores, prints a table and a sample of text,
+and writes JSON, Markdown and a picture of loss against time.
 
     python -m experiments.speedrun --scale cpu                     # the ladder, one seed
     python -m experiments.speedrun --scale cpu --rung muon --seeds 3

@@ -52,8 +52,7 @@ def test_every_way_has_as_many_trials_and_none_sees_files_of_validation_or_test(
     items = tuning.cells(request_)
     assert len(items) == len(tuning.trials()) == 8 * len(tuning.RATES)
     assert len({item.key for item in items}) == len(items)
-    ways = {sst2.LORA if way.startswith(sst2.LORA) else way for way in tuning.RATES}
-    assert ways == set(sst2.RECIPES)
+    assert set(tuning.RATES) == set(sst2.RECIPES) == set(sst2.WAYS)
     for way in tuning.RATES:
         tried = [recipe for owner, recipe in tuning.trials().values() if owner == way]
         assert len(set(tried)) == 8

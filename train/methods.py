@@ -227,7 +227,7 @@ def combine(parts: Sequence[Plugs]) -> Plugs:
         optimizer,
         tuple(stage for part in parts for stage in part.updates),
         tuple(stage for part in parts for stage in part.places),
-        max(0, *(part.settled for part in parts)) if parts else 0,
+        max((part.settled for part in parts), default=0),
         split,
         {name: tree for part in parts for name, tree in part.frozen.items()},
         around,

@@ -95,38 +95,40 @@ def carried(state: State, fresh: State, sources: dict[str, Source]) -> tuple[PyT
     params = {path_of(path): leaf for path, leaf in _leaves(state.params)}
     new_params = {path_of(path): leaf for path, leaf in _leaves(fresh.params)}
     L, from_L = _layers(params, sources)
+
+    def became(path: str, field: str, leaf: Any) -> tuple[Any, str]:
+        """Value of an entry and where it came from."""
+        found = None if field in OF_SIDES else _parameter(path, new_params)
+        # A method's own parameters do not grow.
+        source = None if found is None else sources.get(found, Source(found))
+        if found is not None and source is not None:
+            if not source.same and field in OF_THE_NEW:
+                return leaf, "copied"
+            if not source.same and field in STEPPED_FROM:
+                return leaf, "reset"
+            before = old.get(path.removesuffix(found) + source.path)
+            belonged = before is not None and before.shape == params[source.path].shape
+            if belonged and leaf.shape == new_params[found].shape:
+                taken = _apply(source.grown if field in WEIGHTS else source.take, before)
+                if taken.shape != leaf.shape:
+                    return leaf, "reset"
+                return taken, "kept" if source.same else "copied"
+        before = old.get(path)
+        if before is None or before.dtype != leaf.dtype:
+            return leaf, "reset"
+        if before.shape == leaf.shape:
+            return before, "kept"
+        if before.shape[:1] == (L,) and leaf.shape == (len(from_L), *before.shape[1:]):
+            return _apply(lambda a: a[from_L], before), "copied"
+        return leaf, "reset"
+
     values: dict[str, Any] = {}
     nodes: dict[str, str] = {}
     fate: dict[str, str] = {}
     for key_path, leaf in _leaves(fresh.optimizer):
         path = path_of(key_path)
         nodes[path] = _named_tuple(key_path)
-        found = _parameter(path, new_params)
-        values[path], fate[path] = leaf, "reset"
-        field = _field(key_path)
-        if field in OF_SIDES:
-            found = None
-        # A method's own parameters do not grow.
-        source = None if found is None else sources.get(found, Source(found))
-        if source is not None and not source.same and field in (*OF_THE_NEW, *STEPPED_FROM):
-            fate[path] = "made" if field in OF_THE_NEW else "reset"
-            continue
-        if found is not None and source is not None and leaf.shape == new_params[found].shape:
-            before = old.get(path.removesuffix(found) + source.path)
-            if before is not None and before.shape == params[source.path].shape:
-                take = source.grown if field in WEIGHTS else source.take
-                if _apply(take, before).shape == leaf.shape:
-                    values[path] = _apply(take, before)
-                    fate[path] = "kept" if source.same else "copied"
-                continue
-        before = old.get(path)
-        if before is None or before.dtype != leaf.dtype:
-            continue
-        if before.shape == leaf.shape:
-            values[path], fate[path] = before, "kept"
-        elif before.shape[:1] == (L,) and leaf.shape == (len(from_L), *before.shape[1:]):
-            values[path] = _apply(lambda a: a[from_L], before)
-            fate[path] = "copied"
+        values[path], fate[path] = became(path, _field(key_path), leaf)
     lost = {nodes[path] for path, what in fate.items() if what == "reset"}
     numbers: Counter[str] = Counter()
     reset: Counter[str] = Counter()
@@ -140,8 +142,7 @@ def carried(state: State, fresh: State, sources: dict[str, Source]) -> tuple[PyT
             numbers[fate[path]] += leaf.size
             leaves.append(values[path])
     made = jax.tree.unflatten(jax.tree.structure(fresh.optimizer), leaves)
-    copied = numbers["copied"] + numbers["made"]
-    return made, Carried(numbers["kept"], copied, dict(reset))
+    return made, Carried(numbers["kept"], numbers["copied"], dict(reset))
 
 
 def grown_params(params: PyTree, fresh: PyTree, sources: dict[str, Source]) -> PyTree:
