@@ -20,6 +20,7 @@ import optax
 
 from compress.lora import adapted_paths, merged
 from compress.quantization.quantize import dequantize_params
+from experiments.beside import check_nothing_beside
 from experiments.cli import run_main
 from experiments.folders import check_free, made_at_once
 from experiments.json_files import read_json, write_json
@@ -86,6 +87,7 @@ def to_huggingface(
     """
     check_free(out)
     run = open_run(run_folder, step)
+    check_nothing_beside(run.params, "transformers")
     params, notes = plain_params(run.params, run.model.config.vocabulary_size)
     try:
         files = export_files(Path(run_folder) / "tokenizer")

@@ -23,6 +23,7 @@ from compress.export.gguf import Vocabulary, write_gguf
 from compress.export.native import save_native
 from compress.export.onnx import HOLD_ANY, write_onnx
 from compress.export.stablehlo import save_stablehlo
+from experiments.beside import check_nothing_beside
 from experiments.cli import run_main
 from experiments.compress import check_finite
 from experiments.convert import to_huggingface
@@ -99,6 +100,7 @@ def _native(run: Run, command: Export) -> list[str]:
 
 
 def _gguf(run: Run, command: Export) -> list[str]:
+    check_nothing_beside(run.params, "GGUF")
     config, lines, vocabulary = run.model.config, [], None
     try:
         vocabulary = vocabulary_of(
@@ -120,6 +122,7 @@ def _stablehlo(run: Run, command: Export) -> list[str]:
 
 
 def _onnx(run: Run, command: Export) -> list[str]:
+    check_nothing_beside(run.params, "ONNX")
     write_onnx(command.out, run.model.config, run.params)
     return []
 

@@ -45,7 +45,7 @@ class WriteSamples:
       tokens: about so many.
       length: tokens of a row, each a text from its start; by default those of a row in training.
       separator: id between documents in the text that the model was trained on; by default the
-        tokenizer's end of document. Models of llama2.c have 1.
+        tokenizer's end of document.
       step: checkpoint, the newest by default.
       seed: of the draws.
     """

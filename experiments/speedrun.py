@@ -34,6 +34,7 @@ many tokens a rung needs, at the pace of steps that took turns on one machine.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,51 +43,23 @@ from typing import Literal
 from experiments.busy import warn_if_busy
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
-from experiments.ladder.command import Ladder, run_ladder
+from experiments.ladder.command import Asked, Ladder, run_ladder
 from experiments.ladder.demo import run_demo
-from experiments.ladder.scales import HeldOut
 
 
 @dataclass(frozen=True)
-class Speedrun:
+class Speedrun(Asked):
     """Settings of a speedrun.
 
     Attributes:
       scale: size of model, data and budget; "tiny" is for trying the command out.
       out: folder of the runs, those of the demo and its results; runs/speedrun-SCALE by default.
       seed: of all runs of the demo.
-      fresh: forget earlier results of this command, of the rungs that are named or of all, and run
-        again: runs, trials, or the steps timed on this machine.
-      rung: those to run, baselines by their names torch, torch-tuned and torch-tuned-compiled; all
-        by default.
-      seeds: how many, from 0, for the ladder.
-      data: sources in place of the scale's; a file of text is read as bytes.
-      tokenizer: in place of the scale's, or of bytes.
-      max_minutes: begin no further run after so long.
-      held_out: what is reported on; "test" opens the test split for the rungs named, at the
-        lengths that were found on the validation split.
-      tuned: take the choices of the trials on record in place of those in `scales.py`.
-      tune: rungs, torch-tuned or all, whose trials are run in place of the ladder.
-      sizes: measure rungs at four sizes in place of the ladder.
-      side_by_side: time the steps of rungs and of the tuned baseline in turn, in place of the runs.
-      results: where JSON, Markdown and pictures of the ladder lie.
     """
 
     scale: Literal["demo", "cpu", "gpu", "tiny"] = "demo"
     out: Path | None = None
     seed: int = 0
-    fresh: bool = False
-    rung: tuple[str, ...] = ()
-    seeds: int = 1
-    data: tuple[str, ...] = ()
-    tokenizer: str | None = None
-    max_minutes: float | None = None
-    held_out: HeldOut = "validation"
-    tuned: bool = False
-    tune: tuple[str, ...] = ()
-    sizes: bool = False
-    side_by_side: bool = False
-    results: Path = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -112,29 +85,14 @@ def ladder_of(command: Speedrun, cells: Path) -> Ladder:
     """Returns what the command asks of the ladder."""
     if command.seed:
         raise ValueError("--seed is the demo's; the ladder takes --seeds N, from 0")
-    return Ladder(
-        scale=command.scale,
-        cells=cells,
-        rungs=command.rung,
-        seeds=command.seeds,
-        data=command.data,
-        tokenizer=command.tokenizer,
-        max_minutes=command.max_minutes,
-        held_out=command.held_out,
-        tuned=command.tuned,
-        tune=command.tune,
-        sizes=command.sizes,
-        side_by_side=command.side_by_side,
-        fresh=command.fresh,
-        results=command.results,
-    )
+    asked = {field.name: getattr(command, field.name) for field in dataclasses.fields(Asked)}
+    return Ladder(scale=command.scale, cells=cells, **asked)
 
 
 def check_demo(command: Speedrun) -> None:
     """Raises ValueError for what the demo does not know."""
+    names = [field.name for field in dataclasses.fields(Asked) if field.name != "fresh"]
     plain = Speedrun()
-    ladder = ("rung", "seeds", "data", "tokenizer", "max_minutes", "tune", "tuned", "sizes")
-    names = (*ladder, "held_out", "side_by_side", "results")
     if given := [name for name in names if getattr(command, name) != getattr(plain, name)]:
         flag = given[0].replace("_", "-")
         raise ValueError(f"the demo has no --{flag}; give --scale cpu or gpu with it")

@@ -67,7 +67,7 @@ class Counting:
 def ladder(tmp_path, **fields):
     places = {"cells": tmp_path / "cells", "results": tmp_path / "results", "run": Counting()}
     places["pace"] = lambda job, to: 1.0
-    return Ladder("tiny", **{**places, **fields})
+    return Ladder(scale="tiny", **{**places, **fields})
 
 
 def cells_of(text, name, after=""):

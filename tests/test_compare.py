@@ -7,20 +7,22 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments.compare import Curve, main, picture, read_curve, table
+from experiments.compare import Curve, main, picture, read_curve, table, watched_by
 from model.presets import gpt2_tiny
 from train.records import Record
 from train.settings import Phase, Settings, to_json
+from train.tasks.classification import Classification
 
 
-def make_run(folder, losses, reason=None):
+def make_run(folder, losses, reason=None, task=None, **figures):
     folder.mkdir(parents=True)
-    settings = Settings(phases=(Phase(10, gpt2_tiny(), 4, 8),))
+    settings = Settings(phases=(Phase(10, gpt2_tiny(), 4, 8),), task=task)
     (folder / "settings.json").write_text(json.dumps(to_json(settings)))
     with Record(folder / "metrics.jsonl") as record:
         for number, loss in enumerate(losses, start=1):
             record.write("train", 10 * number, {"loss": 99.0})
-            record.write("evaluation", 10 * number, {"loss": loss, "seconds": 1.5 * number})
+            row = {"loss": loss, "seconds": 1.5 * number, **figures}
+            record.write("evaluation", 10 * number, row)
     if reason:
         (folder / "result.json").write_text(json.dumps({"reason": reason}))
     return folder
@@ -29,7 +31,7 @@ def make_run(folder, losses, reason=None):
 def test_a_curve_is_the_evaluations_of_a_run(tmp_path):
     curve = read_curve(make_run(tmp_path / "a", [4.0, 3.0, float("nan")], "nonfinite"))
     assert (curve.name, curve.steps, curve.seconds) == ("a", [10, 20, 30], [1.5, 3.0, 4.5])
-    np.testing.assert_array_equal(curve.losses, [4.0, 3.0, np.nan])
+    np.testing.assert_array_equal(curve.values, [4.0, 3.0, np.nan])
     assert curve.result == {"reason": "nonfinite"}
 
 
@@ -76,6 +78,28 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch,
     main()
     printed = capsys.readouterr().out
     assert all(f"| {run} |" in printed for run in runs)
+
+
+def test_runs_of_a_task_are_compared_by_what_they_were_watched_by(tmp_path, monkeypatch, capsys):
+    task = Classification(labels=("a", "b"))
+    first = make_run(tmp_path / "first", [4.0, 3.0], task=task, accuracy=0.5, f1=0.25)
+    second = make_run(tmp_path / "second", [2.0], task=task, accuracy=0.75, f1=0.125)
+    plain = make_run(tmp_path / "plain", [1.0])
+    assert watched_by([first, second]) == "-accuracy"
+    assert watched_by([first, plain]) == "loss"
+    out = ["--out", str(tmp_path / "out")]
+    for more, wanted in (([], "best accuracy"), (["--figure=-f1"], "best f1")):
+        monkeypatch.setattr(sys, "argv", ["compare", str(first), str(second), *more, *out])
+        main()
+        assert wanted in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"plain have no 'f1'; they have loss, seconds"):
+        read_curve(plain, "f1")
+
+
+def test_the_best_is_the_most_where_more_is_better():
+    curve = Curve("a", [1, 2, 3], [0.5, 0.75, float("nan")], [1.0, 2.0, 3.0], {})
+    assert "| nan | 0.7500 |" in table([curve], "-accuracy")
+    assert "| nan | 0.5000 |" in table([curve], "loss")
 
 
 def test_what_is_no_run_or_has_no_evaluation_is_said(tmp_path):

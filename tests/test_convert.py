@@ -1,5 +1,6 @@
 """Runs to Hugging Face folders and back: the same model, the same tokens, and runs like others."""
 
+import dataclasses
 import os
 import sys
 
@@ -9,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import convert, evaluate, generate, pretrain
+from experiments import convert, evaluate, export, generate, pretrain
 from experiments.convert import from_huggingface, to_huggingface
+from experiments.export import Export, run_command
 from experiments.json_files import write_json
 from experiments.runs.run import open_run
 from model import huggingface
@@ -176,6 +178,30 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path, tokeni
         with pytest.raises(ValueError, match=words):
             call(convert, monkeypatch, *arguments.split())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "modern", "run", "taken"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        ({"prompt": {"vectors": jnp.ones((2, 32))}}, "a prompt's vectors"),
+        ({"score": {"grams": {"embedding": jnp.ones((8, 2))}}}, "scores of n-grams"),
+    ],
+)
+def test_what_lies_beside_a_model_is_not_left_out_without_a_word(
+    tmp_path, tokenizers, monkeypatch, beside, words
+):
+    run = make_run(tmp_path / "run", gpt2_tiny(), tokenizers["bytes"])
+    found = open_run(run)
+    opened = dataclasses.replace(found, params=found.params | beside)
+    for module in (convert, export):
+        monkeypatch.setattr(module, "open_run", lambda *given: opened)
+    with pytest.raises(ValueError, match=f"transformers has no place for {words}"):
+        to_huggingface(run, tmp_path / "out")
+    for kind in ("gguf", "onnx", "huggingface"):
+        with pytest.raises(ValueError, match=f"no place for {words} .*--format native"):
+            run_command(Export(run, kind, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    run_command(Export(run, "native", tmp_path / "out"))
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, tokenizers, monkeypatch):

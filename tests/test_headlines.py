@@ -33,7 +33,7 @@ def test_the_blocks_are_empty_before_anything_is_measured(tmp_path, monkeypatch)
 def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder_command, "draw", lambda site, path: False)
     path = run_ladder(
-        ladder(tmp_path, rungs=(TORCH, TORCH_TUNED, "jax", "muon", "momentum"), seeds=5)
+        ladder(tmp_path, rung=(TORCH, TORCH_TUNED, "jax", "muon", "momentum"), seeds=5)
     )[0]
     gathered = read(path)
     (table,) = gathered.index
@@ -62,7 +62,7 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
     assert len(two[0].reached) == 5
     assert "[speedrun-tiny.md](experiments/results/speedrun-tiny.md)" in text
 
-    run_ladder(ladder(tmp_path, rungs=("muon",), seeds=5, held_out="test"))
+    run_ladder(ladder(tmp_path, rung=("muon",), seeds=5, held_out="test"))
     body = rows_of(speedrun(path, TINY))[1:]
     assert [row[:2] for row in body] == [[f"{table}, test", "muon"]]
     test = Site(scale_named(TINY, f"{table}, test"), tmp_path, read(path))
@@ -80,7 +80,7 @@ def said(site, name, baseline):
 
 def test_rows_of_few_seeds_are_no_headlines(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder_command, "draw", lambda site, path: False)
-    path = run_ladder(ladder(tmp_path, rungs=("jax",), seeds=4))[0]
+    path = run_ladder(ladder(tmp_path, rung=("jax",), seeds=4))[0]
     assert speedrun(path, TINY) == ""
 
 

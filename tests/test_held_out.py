@@ -62,11 +62,13 @@ def test_the_ladder_opens_the_test_split_where_it_is_told_to_alone(tmp_path):
     (tmp_path / "one.txt").write_text("a b c " * 200)
     for split, fields in (("validation", {}), ("test", {"held_out": "test"})):
         for name in ("torch-tuned", "muon"):
-            job = job_of(scale_of(Ladder("cpu", tmp_path, **fields)), name, CPU.tokens, 0)
+            scale = scale_of(Ladder(scale="cpu", cells=tmp_path, **fields))
+            job = job_of(scale, name, CPU.tokens, 0)
             settings = job.baseline.settings if name == "torch-tuned" else job.settings
             assert settings.held_out == split
+    test = Ladder(scale="cpu", cells=tmp_path, held_out="test")
     with pytest.raises(ValueError, match=r"is split in two, .* and has no test split"):
-        scale_of(Ladder("cpu", tmp_path, data=(str(tmp_path / "one.txt"),), held_out="test"))
+        scale_of(dataclasses.replace(test, data=(str(tmp_path / "one.txt"),)))
     (tmp_path / "many.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    many = Ladder("cpu", tmp_path, data=(str(tmp_path / "many.jsonl"),), held_out="test")
+    many = dataclasses.replace(test, data=(str(tmp_path / "many.jsonl"),))
     assert scale_of(many).held_out == "test"

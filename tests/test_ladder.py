@@ -227,7 +227,7 @@ def test_the_p_value_is_of_a_paired_t_test_of_logarithms():
 
 def test_the_whole_ladder_is_climbed_once_and_written_from_the_json_alone(tmp_path):
     chosen = ("torch", "torch-tuned", "jax", "rate", "muon", "cautious", "length")
-    first = ladder(tmp_path, seeds=3, rungs=chosen)
+    first = ladder(tmp_path, seeds=3, rung=chosen)
     path, text, picture = run_ladder(first)
     assert picture.suffix == ".png"
     content = text.read_text()
@@ -239,15 +239,15 @@ def test_the_whole_ladder_is_climbed_once_and_written_from_the_json_alone(tmp_pa
     for name in ("rate", "cautious"):
         for seed in range(3):
             assert len(lengths_of(site, name, seed)) <= 2 * TINY.search.runs
-    again = ladder(tmp_path, seeds=3, rungs=chosen, cells=tmp_path / "elsewhere")
+    again = ladder(tmp_path, seeds=3, rung=chosen, cells=tmp_path / "elsewhere")
     run_ladder(again)
     assert again.run.ran == []
     assert text.read_text() == content
-    fresh = ladder(tmp_path, rungs=("torch",), cells=tmp_path / "fresh", fresh=True)
+    fresh = ladder(tmp_path, rung=("torch",), cells=tmp_path / "fresh", fresh=True)
     run_ladder(fresh)
     assert len(fresh.run.ran) == TINY.target_seeds  # of the row that is named alone
     assert "| muon |" in text.read_text()
-    fresh = ladder(tmp_path, rungs=(), cells=tmp_path / "all", fresh=True)
+    fresh = ladder(tmp_path, rung=(), cells=tmp_path / "all", fresh=True)
     fresh = dataclasses.replace(fresh, max_minutes=0.0)
     run_ladder(fresh)
     assert "| muon |" not in text.read_text()
@@ -295,11 +295,11 @@ def test_a_baseline_that_never_arrives_gives_a_lower_bound(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"rungs": ("muons",)}, "no rung is called 'muons'"),
+        ({"rung": ("muons",)}, "no rung is called 'muons'"),
         ({"seeds": 0}, "give at least 1"),
         ({"scale": "gpu"}, "has no data of its own"),
         ({"tune": ("muon",), "sizes": True}, "a command of its own"),
-        ({"tune": ("muon",), "rungs": ("muon",)}, "names its rungs itself"),
+        ({"tune": ("muon",), "rung": ("muon",)}, "names its rungs itself"),
         ({"side_by_side": True, "seeds": 3}, "whatever the seed"),
         ({"tune": ("softcap",)}, "softcap has nothing to tune; there are trials for torch-tuned"),
         ({"held_out": "test", "sizes": True}, "never see the test split"),
@@ -317,11 +317,11 @@ def test_mistakes_are_said_before_anything_runs(tmp_path, fields, says):
 def test_a_text_is_read_as_bytes_and_has_a_section_of_its_own(tmp_path):
     text = tmp_path / "tale.txt"
     text.write_text("once upon a time ")
-    command = ladder(tmp_path, data=(str(text),), rungs=("rate",))
+    command = ladder(tmp_path, data=(str(text),), rung=("rate",))
     scale = ladder_command.scale_of(command)
     assert (scale.tokenizer, scale.data) == ("bytes", (str(text),))
     run_ladder(command)
-    run_ladder(ladder(tmp_path, rungs=("rate",)))
+    run_ladder(ladder(tmp_path, rung=("rate",)))
     report = (tmp_path / "results" / "speedrun-tiny.md").read_text()
     assert "## tale.txt, bytes" in report
     assert "## stdlib, bytes" in report

@@ -33,7 +33,7 @@ class Splits(Counting):
 
 @pytest.fixture
 def climbed(tmp_path):
-    run_ladder(ladder(tmp_path, rungs=CHOSEN, seeds=2))
+    run_ladder(ladder(tmp_path, rung=CHOSEN, seeds=2))
     return tmp_path
 
 
@@ -44,7 +44,7 @@ def sites(folder):
 
 def test_no_run_sees_the_test_split_unless_it_is_asked_for(tmp_path):
     run = Splits()
-    run_ladder(ladder(tmp_path, rungs=CHOSEN, seeds=2, run=run))
+    run_ladder(ladder(tmp_path, rung=CHOSEN, seeds=2, run=run))
     run_ladder(ladder(tmp_path, tune=("muon",), run=Counting(bits_of=lambda job, share: 2.0)))
     assert {split for split, *_ in run.ran} == {"validation"}
 
@@ -52,7 +52,7 @@ def test_no_run_sees_the_test_split_unless_it_is_asked_for(tmp_path):
 def test_the_lengths_of_the_test_split_are_those_that_the_validation_split_chose(climbed):
     before = (climbed / "results" / "speedrun-tiny.md").read_text()
     run = Splits()
-    command = ladder(climbed, rungs=OPENED, seeds=2, held_out="test", run=run)
+    command = ladder(climbed, rung=OPENED, seeds=2, held_out="test", run=run)
     text = run_ladder(command)[1].read_text()
     assert {split for split, *_ in run.ran} == {"test"}
     assert len(set(run.ran)) == len(run.ran)
@@ -71,13 +71,13 @@ def test_the_lengths_of_the_test_split_are_those_that_the_validation_split_chose
             assert set(lengths_of(test, name, seed)) == wanted
     shown = before[before.index("## stdlib, bytes") :].strip()
     assert shown in text  # the validation section is as it was
-    again = ladder(climbed, rungs=OPENED, seeds=2, held_out="test", run=Splits())
+    again = ladder(climbed, rung=OPENED, seeds=2, held_out="test", run=Splits())
     run_ladder(again)
     assert again.run.ran == []
 
 
 def test_the_test_section_decides_nothing_and_gives_the_ends_of_whole_runs(climbed):
-    command = ladder(climbed, rungs=OPENED, seeds=2, held_out="test")
+    command = ladder(climbed, rung=OPENED, seeds=2, held_out="test")
     text = run_ladder(command)[1].read_text()
     section = text[text.index("## stdlib, bytes, test") :]
     assert "What is kept" not in section
@@ -98,7 +98,7 @@ def test_the_test_section_decides_nothing_and_gives_the_ends_of_whole_runs(climb
 
 
 def test_targets_of_the_test_split_are_the_baselines_own_ends_there(climbed):
-    run_ladder(ladder(climbed, rungs=("rate",), held_out="test"))
+    run_ladder(ladder(climbed, rung=("rate",), held_out="test"))
     validation, test = sites(climbed)
     for name in (TORCH, TORCH_TUNED):
         there = mean_end(test, name)
@@ -108,8 +108,8 @@ def test_targets_of_the_test_split_are_the_baselines_own_ends_there(climbed):
 
 def test_what_has_not_run_on_the_validation_split_is_refused(climbed):
     for fields, says in (
-        ({"rungs": ("muon",)}, r"muon \(seed 0\) have not been found on the validation split"),
-        ({"rungs": ("rate",), "seeds": 3}, r"rate \(seed 2\)"),
+        ({"rung": ("muon",)}, r"muon \(seed 0\) have not been found on the validation split"),
+        ({"rung": ("rate",), "seeds": 3}, r"rate \(seed 2\)"),
         ({}, "opened for rungs that are named"),
     ):
         command = ladder(climbed, held_out="test", **fields)
@@ -122,8 +122,8 @@ def test_a_rung_that_reached_no_target_is_left_out(tmp_path, capsys):
     def hopeless(job, share):
         return 30.0 if job.name.startswith("muon") else 3.0 - share
 
-    run_ladder(ladder(tmp_path, rungs=("muon",), run=Counting(bits_of=hopeless)))
-    command = ladder(tmp_path, rungs=("muon",), held_out="test", run=Counting(bits_of=hopeless))
+    run_ladder(ladder(tmp_path, rung=("muon",), run=Counting(bits_of=hopeless)))
+    command = ladder(tmp_path, rung=("muon",), held_out="test", run=Counting(bits_of=hopeless))
     run_ladder(command)
     assert "muon, seed 0: reached no target on the validation split" in capsys.readouterr().out
     assert not any(name.startswith("muon") for name in command.run.ran)

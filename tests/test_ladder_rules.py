@@ -38,13 +38,13 @@ def no_pictures(monkeypatch):
 
 
 def test_a_target_never_moves_with_the_seeds_of_the_rungs(tmp_path, no_pictures):
-    run_ladder(ladder(tmp_path, rungs=("rate",)))
+    run_ladder(ladder(tmp_path, rung=("rate",)))
     path = tmp_path / "results" / "speedrun-tiny.json"
     site = Site(TINY, tmp_path, read(path))
     ends = [lengths_of(site, TORCH_TUNED, s)[TINY.tokens]["points"][-1]["bits"] for s in range(2)]
     before = [rows.mean_end(site, name) for name in (TORCH, TORCH_TUNED)]
     assert before[1] == np.mean(ends)
-    run_ladder(ladder(tmp_path, rungs=("torch", "torch-tuned"), seeds=4))
+    run_ladder(ladder(tmp_path, rung=("torch", "torch-tuned"), seeds=4))
     again = Site(TINY, tmp_path, read(path))
     assert len(rows.curves_of(again, TORCH_TUNED)) == 4
     assert [rows.mean_end(again, name) for name in (TORCH, TORCH_TUNED)] == before
@@ -107,7 +107,7 @@ def put_speeds(site, speeds, processor="one"):
 
 
 def test_processors_are_told_apart_and_seconds_are_of_the_one_that_timed_most(tmp_path):
-    path, *_ = run_ladder(ladder(tmp_path, rungs=("rate", "muon"), seeds=2))
+    path, *_ = run_ladder(ladder(tmp_path, rung=("rate", "muon"), seeds=2))
     site = Site(TINY, tmp_path, read(path))
     put_speeds(site, {"muon": 0.5, "rate": 2.0}, "two")
     put_speeds(site, {"muon": 0.8}, "one")
@@ -127,7 +127,7 @@ def test_processors_are_told_apart_and_seconds_are_of_the_one_that_timed_most(tm
 
 
 def test_a_row_that_was_not_timed_where_others_were_has_no_seconds(tmp_path):
-    path, *_ = run_ladder(ladder(tmp_path, rungs=("rate", "muon"), seeds=2))
+    path, *_ = run_ladder(ladder(tmp_path, rung=("rate", "muon"), seeds=2))
     site = Site(TINY, tmp_path, read(path))
     text = "\n".join(render(site, path))
     assert "Seconds are those of the runs" in text
@@ -145,7 +145,7 @@ def test_a_row_that_was_not_timed_where_others_were_has_no_seconds(tmp_path):
 def test_what_fails_is_named_at_the_end_and_the_rest_goes_on(tmp_path, no_pictures):
     chosen = ("rate", "batch-warmup", "muon")
     for error in (RuntimeError, ValueError):
-        command = ladder(tmp_path / error.__name__, rungs=chosen, seeds=2)
+        command = ladder(tmp_path / error.__name__, rung=chosen, seeds=2)
         command = dataclasses.replace(command, run=Counting(("batch-warmup",), error=error))
         with pytest.raises(ValueError, match=r"2 failed, .*batch-warmup, seed 1 \(.*no power") as e:
             run_ladder(command)
@@ -153,7 +153,7 @@ def test_what_fails_is_named_at_the_end_and_the_rest_goes_on(tmp_path, no_pictur
         text = (tmp_path / error.__name__ / "results" / "speedrun-tiny.md").read_text()
         assert cells_of(text, "muon")[1] == "2 of 2"
         assert "| batch-warmup |" not in text
-    stopped = ladder(tmp_path / "stopped", rungs=chosen)
+    stopped = ladder(tmp_path / "stopped", rung=chosen)
     stopped = dataclasses.replace(stopped, run=Counting(("rate",), error=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_ladder(stopped)
@@ -161,14 +161,14 @@ def test_what_fails_is_named_at_the_end_and_the_rest_goes_on(tmp_path, no_pictur
 
 
 def test_without_a_baseline_nothing_is_climbed(tmp_path, no_pictures):
-    command = dataclasses.replace(ladder(tmp_path, rungs=("muon",)), run=Counting(("torch",)))
+    command = dataclasses.replace(ladder(tmp_path, rung=("muon",)), run=Counting(("torch",)))
     with pytest.raises(ValueError, match="a baseline, without which there is no target"):
         run_ladder(command)
     assert command.run.ran == [f"torch, {TINY.tokens:,} tokens"]
 
 
 def test_the_compiled_baseline_takes_the_lengths_of_the_eager_one(tmp_path, no_pictures):
-    command = ladder(tmp_path, rungs=("torch-tuned", "torch-tuned-compiled"), seeds=2)
+    command = ladder(tmp_path, rung=("torch-tuned", "torch-tuned-compiled"), seeds=2)
     run_ladder(command)
     site = Site(TINY, tmp_path, read(tmp_path / "results" / "speedrun-tiny.json"))
     first = rows.mean_end(site, TORCH)
@@ -181,13 +181,13 @@ def test_the_compiled_baseline_takes_the_lengths_of_the_eager_one(tmp_path, no_p
     assert jobs[0].baseline.settings == jobs[1].baseline.settings
     with pytest.raises(ValueError, match="no rung is called 'torch-tuned-compiled'"):
         run_ladder(
-            dataclasses.replace(ladder(tmp_path, data=("a",), rungs=(TORCH_COMPILED,)), scale="gpu")
+            dataclasses.replace(ladder(tmp_path, data=("a",), rung=(TORCH_COMPILED,)), scale="gpu")
         )
 
 
 def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures):
     chosen = (*BASELINES, "jax", "rate", "batch", "muon", "softcap")
-    path, text, *_ = run_ladder(ladder(tmp_path, rungs=chosen, seeds=3))
+    path, text, *_ = run_ladder(ladder(tmp_path, rung=chosen, seeds=3))
     gathered = read(path)
     site = Site(TINY, tmp_path, gathered)
     speeds = {"muon": 0.5, TORCH: 0.8, TORCH_COMPILED: 1.2}
@@ -232,7 +232,7 @@ def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures
 
 def test_only_rows_that_looked_for_a_loss_are_compared_with_the_row_below(tmp_path, no_pictures):
     chosen = (*BASELINES, "jax", "rate", "batch", "parts", "block")
-    text = run_ladder(ladder(tmp_path, rungs=chosen))[1].read_text()
+    text = run_ladder(ladder(tmp_path, rung=chosen))[1].read_text()
     second, first = text.split("### To the end of the first baseline")
     below = [part[part.index("#### To the rung below") :] for part in (first, second)]
     below = [part[: part.index("#### To torch")] for part in below]
@@ -267,7 +267,7 @@ def test_a_verdict_needs_one_in_twenty_over_three_seeds(monkeypatch, seconds, ke
 
 
 def test_the_report_names_text_threads_and_trials(tmp_path, no_pictures):
-    content = run_ladder(ladder(tmp_path, rungs=("rate",)))[1].read_text()
+    content = run_ladder(ladder(tmp_path, rung=("rate",)))[1].read_text()
     assert "* text: a text, sha256 c0ffee" in content
     assert "* threads: torch 2, ours 2" in content
     assert "The choices are guesses" in content
@@ -279,12 +279,12 @@ def test_a_run_without_an_evaluation_is_drawn_all_the_same(tmp_path):
         if job.name.startswith("muon"):
             (folder / job.key / "metrics.jsonl").write_text("")
 
-    path, text, picture = run_ladder(ladder(tmp_path, rungs=("rate", "muon"), run=none))
+    path, text, picture = run_ladder(ladder(tmp_path, rung=("rate", "muon"), run=none))
     assert picture.exists()
 
 
 def test_without_steps_timed_in_turn_there_is_no_verdict(tmp_path, no_pictures):
-    text = run_ladder(ladder(tmp_path, rungs=("rate", "batch"), seeds=3))[1].read_text()
+    text = run_ladder(ladder(tmp_path, rung=("rate", "batch"), seeds=3))[1].read_text()
     kept = text[text.index("### What is kept") :]
     assert cells_of(kept, "batch")[2].startswith(
         "no verdict: its steps have not been timed in turn"

@@ -18,7 +18,7 @@ from tests.ladder_cases import Counting, cells_of, ladder
 
 
 def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
-    command = ladder(tmp_path, sizes=True, rungs=("batch", "muon"))
+    command = ladder(tmp_path, sizes=True, rung=("batch", "muon"))
     path, text, picture = run_ladder(command)
     for title in ("muon", "muon, to rate"):
         cells = cells_of(text.read_text(), title)
@@ -29,13 +29,13 @@ def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
     assert whole == pytest.approx(below * batch, rel=0.01)
     assert picture.exists()
     with pytest.raises(ValueError, match="jax lies below rate"):
-        run_ladder(ladder(tmp_path, sizes=True, rungs=("jax",)))
+        run_ladder(ladder(tmp_path, sizes=True, rung=("jax",)))
     with pytest.raises(ValueError, match="torch lies below rate"):
-        run_ladder(ladder(tmp_path, sizes=True, rungs=("torch", "muon")))
+        run_ladder(ladder(tmp_path, sizes=True, rung=("torch", "muon")))
 
 
 def test_ratios_at_sizes_are_of_tokens_at_the_pace_of_steps_timed_in_turn(tmp_path, monkeypatch):
-    command = ladder(tmp_path, sizes=True, rungs=("muon",))
+    command = ladder(tmp_path, sizes=True, rung=("muon",))
     before = cells_of(run_ladder(command)[1].read_text(), "muon, to rate")
     seconds = {"rate": 1e-3, "muon": 2e-3}
 
@@ -51,7 +51,7 @@ def test_ratios_at_sizes_are_of_tokens_at_the_pace_of_steps_timed_in_turn(tmp_pa
     for old, new in zip(before[1:5], after[1:5], strict=True):
         assert float(new[:-1]) == pytest.approx(float(old[:-1]) / 2 / rows, rel=0.03)
     with pytest.raises(ValueError, match="jax lies below rate"):
-        run_ladder(dataclasses.replace(timed, rungs=("jax",)))
+        run_ladder(dataclasses.replace(timed, rung=("jax",)))
 
 
 def test_steps_are_timed_anew_without_the_runs(tmp_path, monkeypatch):
@@ -63,9 +63,9 @@ def test_steps_are_timed_anew_without_the_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(side_by_side, "take_turns", turns)
     chosen = ("torch-tuned", "rate", "muon")
-    runs = ladder(tmp_path, rungs=chosen)
+    runs = ladder(tmp_path, rung=chosen)
     path, *_ = run_ladder(runs)
-    timed = ladder(tmp_path, rungs=("rate", "muon"), side_by_side=True)
+    timed = ladder(tmp_path, rung=("rate", "muon"), side_by_side=True)
     run_ladder(timed)
     before = read(path)
     run_ladder(timed)
@@ -76,7 +76,7 @@ def test_steps_are_timed_anew_without_the_runs(tmp_path, monkeypatch):
     changed = {key for key, cell in after.cells.items() if cell != before.cells[key]}
     assert len(changed) == 2
     assert after.index == before.index
-    run_ladder(dataclasses.replace(timed, rungs=("muon",), fresh=True))
+    run_ladder(dataclasses.replace(timed, rung=("muon",), fresh=True))
     assert taken == [*["rate", "muon"] * 2, "muon"]
     run_ladder(dataclasses.replace(runs, run=(again := Counting())))
     assert again.ran == []

@@ -142,7 +142,7 @@ def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
 
 def test_the_ladder_takes_the_choices_of_the_trials_and_prints_both_grids(tmp_path, capsys):
     run_ladder(tuned(tmp_path))
-    command = ladder(tmp_path, rungs=("rate",), tuned=True)
+    command = ladder(tmp_path, rung=("rate",), tuned=True)
     assert scale_of(command).choices.torch_adamw.b1 == 0.7
     text = run_ladder(command)[1].read_text()
     assert "45 of the tuned torch baseline, 45 of ours" in text

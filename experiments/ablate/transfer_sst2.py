@@ -94,12 +94,11 @@ RECIPES: Mapping[str, Recipe] = {
     BAG: Recipe(3e-3, 0.5),
     GRAMS: Recipe(1e-3, 0.5),
     HEAD: Recipe(1e-3, 0.1),
-    **{f"{LORA} {rank}": Recipe(3e-3, 0.1) for rank in RANKS},
+    **{f"{LORA} {rank}": Recipe(3e-3 if rank < 64 else 3e-4, 0.1) for rank in RANKS},
     FULL: Recipe(3e-4, 0.1),
     FULL_GRAMS: Recipe(1e-3, 0.5),
 }
-"""What the trials chose, see `experiments.ablate.transfer_sst2_tuning`. Of LoRA, rank 16 alone has
-its trials so far; the other ranks have its recipe until theirs have run."""
+"""What the trials chose, see `experiments.ablate.transfer_sst2_tuning`."""
 
 
 class Rows(NamedTuple):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.ablate.steps import memory_of_step, step_times
-from experiments.ablate.subjects import STORIES_FILES, STORIES_START
+from experiments.ablate.subjects import STORIES_FILES
 from experiments.folders import made_at_once
 from experiments.grid import Cell, Measurement
 from experiments.methods.lora import Lora
@@ -155,7 +155,7 @@ def sources(cells: Path, folder: Path, shakespeare: Path) -> Sources:
     of_model = {"weights": content_hash(weights), "tokenizer": content_hash(pieces)}
     start = Measurement(
         "stories260K as a run",
-        {"start": "llama2c", **of_model},
+        {"start": "llama2c", "end": 1, **of_model},  # an earlier one had 2, which it never read
         functools.partial(_keep_start, cells, weights, pieces),
     )
     plays = Measurement(
@@ -365,7 +365,7 @@ def _keep_stories(cells: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(settings["seed"]))
     counts = (settings["replayed"], settings["held out"])
     old, held_out = (
-        samples(run, rows, settings["length"], key=key, separator=STORIES_START)
+        samples(run, rows, settings["length"], key=key)
         for rows, key in zip(counts, keys, strict=True)
     )
     out = cells / Measurement("", settings, dict).key

@@ -39,33 +39,29 @@ from experiments.tables.report import read, write_data
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """What to run.
+class Asked:
+    """What is asked of the ladder.
 
     Attributes:
-      scale: by name.
-      cells: folder of the runs.
-      rungs: or baselines; all if empty.
-      seeds: how many, from 0.
-      data: sources in place of the scale's.
-      tokenizer: in place of the scale's.
+      rung: those to run, baselines by their names torch, torch-tuned and torch-tuned-compiled; all
+        by default.
+      seeds: how many, from 0, for the ladder.
+      data: sources in place of the scale's; a file of text is read as bytes.
+      tokenizer: in place of the scale's, or of bytes.
       max_minutes: begin no further run after so long.
-      held_out: "test" measures the rungs named on the test split, at lengths that are known.
-      tuned: take the choices of the trials on record in place of those that stand.
-      tune: rungs, or "all", whose trials are run in place of the ladder.
-      sizes: measure at four sizes in place of the ladder.
-      side_by_side: time steps of rungs and tuned baseline in turn, in place of running them; at
-        four sizes together with `sizes`.
-      fresh: forget what is gathered of this data: runs, trials or timed steps, whichever is asked
-        for, of the rungs that are named or of all.
-      results: where it is kept.
-      run: runs a cell.
-      pace: times two cells in turn.
+      held_out: what is reported on; "test" opens the test split for the rungs named, at the
+        lengths that were found on the validation split.
+      tuned: take the choices of the trials on record in place of those in `scales.py`.
+      tune: rungs, torch-tuned or all, whose trials are run in place of the ladder.
+      sizes: measure rungs at four sizes in place of the ladder.
+      side_by_side: time the steps of rungs and of the tuned baseline in turn, in place of the runs;
+        at four sizes together with `sizes`.
+      fresh: forget earlier results of this command, of the rungs that are named or of all, and run
+        again: runs, trials, or the steps timed on this machine.
+      results: where JSON, Markdown and pictures of the ladder lie.
     """
 
-    scale: str
-    cells: Path
-    rungs: tuple[str, ...] = ()
+    rung: tuple[str, ...] = ()
     seeds: int = 1
     data: tuple[str, ...] = ()
     tokenizer: str | None = None
@@ -76,7 +72,22 @@ class Ladder:
     sizes: bool = False
     side_by_side: bool = False
     fresh: bool = False
-    results: Path = Path("experiments/results")
+    results: Path = Path(__file__).parents[1] / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder(Asked):
+    """What is asked, and of what.
+
+    Attributes:
+      scale: by name.
+      cells: folder of the runs.
+      run: runs a cell.
+      pace: times two cells in turn.
+    """
+
+    scale: str
+    cells: Path
     run: Runner = run_apart
     pace: Pace = pace
 
@@ -91,14 +102,14 @@ def run_ladder(command: Ladder) -> list[Path]:
     from experiments.ladder.sizes import run_sizes, time_sizes
 
     scale = scale_of(command)
-    for name in command.rungs:
+    for name in command.rung:
         if name not in baselines_of(scale):
             rung_named(name)
     if command.seeds < 1:
         raise ValueError(f"{command.seeds} seeds are none; give at least 1")
     if command.tune and (command.sizes or command.side_by_side):
         raise ValueError("--tune is a command of its own; give it without --sizes, --side-by-side")
-    if command.tune and (command.rungs or command.seeds > 1):
+    if command.tune and (command.rung or command.seeds > 1):
         raise ValueError(
             "--tune names its rungs itself, and has a seed of its own: no --rung, --seeds"
         )
@@ -129,9 +140,9 @@ def run_ladder(command: Ladder) -> list[Path]:
     if command.tune:
         written = run_tuning(site, command.tune, path, failures)
     elif command.sizes and command.side_by_side:
-        written = time_sizes(site, command.rungs, path, failures)
+        written = time_sizes(site, command.rung, path, failures)
     elif command.sizes:
-        written = run_sizes(site, command.rungs, command.seeds, path, failures)
+        written = run_sizes(site, command.rung, command.seeds, path, failures)
     else:
         print("\n".join(standing(_trials_of(command, site))))
         try:
@@ -150,13 +161,13 @@ def run_ladder(command: Ladder) -> list[Path]:
 
 def _run(command: Ladder, site: Site, failures: Failures) -> None:
     if command.held_out == "test":
-        open_test(site, command.rungs, command.seeds, failures)
+        open_test(site, command.rung, command.seeds, failures)
         return
     if not command.side_by_side:
-        run_rungs(site, command.rungs, command.seeds, failures)
+        run_rungs(site, command.rung, command.seeds, failures)
         return
     others = (name for name in baselines_of(site.scale) if name != TORCH_TUNED)
-    for name in command.rungs or (*others, *(rung.name for rung in RUNGS)):
+    for name in command.rung or (*others, *(rung.name for rung in RUNGS)):
         with failures.passed_over(SIDE_BY_SIDE + name):
             measure(site, name)
 
@@ -174,7 +185,7 @@ def _forget(site: Site, command: Ladder) -> None:
     Of the rows that are named, or of all.
     """
     names = command.tune if "all" not in command.tune else ()
-    names = names or command.rungs
+    names = names or command.rung
     here = processor_of(machine())
     for table, rows in site.gathered.index.items():
         if site.table not in (table, *table.split(": ")):  # of a size, or of a group of trials

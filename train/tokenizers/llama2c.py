@@ -2,6 +2,8 @@
 
 An int32, the longest piece; then for each id a float32 score, an int32 length and so many bytes, in
 which a space stands for U+2581. Ids 0 to 2 are unknown, start and end, then come the 256 bytes.
+The models of llama2.c read a start before every text and never an end: 1 is what stands between
+documents, where a text begins, and where its programs stop.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def open_llama2c(content: bytes) -> PieceTokenizer:
     trainer.model_type, trainer.byte_fallback = pb.TrainerSpec.BPE, True
     trainer.vocab_size = len(model.pieces)
     trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
+    trainer.eos_piece = _FIRST[1]  # by whose name SentencePiece looks the end up
     normalizer.name, normalizer.add_dummy_prefix = "identity", True
     normalizer.remove_extra_whitespaces = False
     return open_sentencepiece(model.SerializeToString())
