@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model.cache import init_cache
+from model.cache import WHOLE, init_cache
 from model.encoder_decoder import CROSS
 from model.transformer import Model, features, head
 
@@ -238,7 +238,7 @@ def beam_search(
 
 
 def _axis(name: str) -> int:
-    return 0 if name in ("length", "source_segments") else 1
+    return 0 if name in WHOLE else 1
 
 
 def _repeated(part: Any, name: str, times: int) -> Any:

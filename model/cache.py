@@ -16,10 +16,14 @@ import jax.numpy as jnp
 from model.config import TransformerConfig
 
 Cache = dict[str, Any]
+WHOLE = ("length", "tokens", "source_segments")
+"""Parts of a cache that are not by layer: their first axis is the batch."""
 
 
 def init_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
     """Returns an empty cache: k and v [L, B, S, G, K], length int32 [B] (tokens seen so far).
+
+    A model that looks pairs of tokens up has their ids in it, too: tokens int32 [B, S].
 
     Raises:
       ValueError: if learned positions end before the cache does.
@@ -34,10 +38,12 @@ def init_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
         )
     shape = (config.layers, batch, slots, config.kv_heads_, config.head_width_)
     dtype = jnp.dtype(config.dtype)
+    tokens = {} if config.bigram_rows is None else {"tokens": jnp.zeros((batch, slots), jnp.int32)}
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
         "length": jnp.zeros((batch,), jnp.int32),
+        **tokens,
     }
 
 

@@ -50,6 +50,9 @@ class TransformerConfig:
       value_embeddings: every second layer, the last among them, adds to its values those of a table
         of its own, looked up by token and gated by head with `2 sigmoid(.)` of the first 32
         features that the layer reads (Zhou et al. 2024, arXiv:2410.17897, in nanochat's form).
+      bigram_rows: rows of a table that adds to the embedding of each token what the pair of it and
+        the token before says, looked up by a hash (`model.bigrams`); None for no table.
+      bigram_width: width of those rows, which a kernel brings to that of the stream.
       dropout: rate applied where GPT-2 does: embeddings, attention probabilities and the output of
         each branch. Like the next two active only when `apply` is given a "dropout" rng.
       layer_drop: rate at which the last block is left out for a whole batch; that of block l is
@@ -96,6 +99,8 @@ class TransformerConfig:
     embedding_norm: bool = False
     embedding_shortcut: float | None = None
     value_embeddings: bool = False
+    bigram_rows: int | None = None
+    bigram_width: int = 16
     dropout: float = 0.0
     layer_drop: float = 0.0
     token_drop: float = 0.0
@@ -113,6 +118,10 @@ class TransformerConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}"
                 )
+        for name in ("bigram_rows", "bigram_width"):
+            number = getattr(self, name)
+            if number is not None and not 1 <= number < 2**31:
+                raise ValueError(f"{name} is {number}; it must be at least 1 and below 2**31")
         if self.head_width is None and self.width % self.heads:
             raise ValueError(
                 f"width {self.width} does not divide into {self.heads} heads; "
@@ -181,7 +190,7 @@ class EncoderDecoderConfig(TransformerConfig):
     """Shape and parts of an encoder and a decoder made of the same blocks.
 
     `layers` counts the blocks of the decoder, and all other fields hold for both sides, but that
-    there are no windows, shortcuts, value embeddings, or layers and tokens that are left out.
+    there are no windows, shortcuts, tables of values or pairs, or layers and tokens left out.
 
     Attributes:
       encoder_layers: number of blocks of the encoder.
@@ -199,8 +208,8 @@ class EncoderDecoderConfig(TransformerConfig):
         if self.encoder_layers < 1:
             raise ValueError(f"encoder_layers is {self.encoder_layers}; it must be at least 1")
         plain = TransformerConfig()
-        names = ("window", "embedding_shortcut", "value_embeddings", "layer_drop", "token_drop")
-        for name in names:
+        names = ("window", "embedding_shortcut", "value_embeddings", "bigram_rows")
+        for name in (*names, "layer_drop", "token_drop"):
             if getattr(self, name) != getattr(plain, name):
                 raise ValueError(
                     f"an encoder-decoder has no {name}, and it is {getattr(self, name)!r}; leave "

@@ -43,7 +43,7 @@ def flops_per_token(config: TransformerConfig, length: int) -> float:
     >>> round(flops_per_token(gpt2(), 1024) / 1e6)
     266
     """
-    return block_flops(config, length) + head_flops(config)
+    return block_flops(config, length) + head_flops(config) + _bigram_flops(config)
 
 
 def training_flops_per_token(config: TransformerConfig, length: int) -> float:
@@ -62,7 +62,7 @@ def training_flops_per_token(config: TransformerConfig, length: int) -> float:
     if isinstance(config, EncoderDecoderConfig):
         return 3.0 * flops_per_token(config, length)
     chances = survival(config.layers, config.layer_drop)
-    total = head_flops(config)
+    total = head_flops(config) + _bigram_flops(config)
     for layer, chance in enumerate(chances):
         inner = config.token_drop and 0 < layer < config.layers - 1
         kept = kept_tokens(length, config.token_drop) if inner else length
@@ -107,6 +107,10 @@ def head_flops(config: TransformerConfig) -> float:
     77
     """
     return 2.0 * config.width * config.vocabulary_size
+
+
+def _bigram_flops(config: TransformerConfig) -> float:
+    return 0.0 if config.bigram_rows is None else 2.0 * config.bigram_width * config.width
 
 
 def _mean_visible(length: int, window: int | None) -> float:

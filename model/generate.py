@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.cache import Cache, init_cache
+from model.cache import WHOLE, Cache, init_cache
 from model.config import TransformerConfig
 from model.transformer import Transformer, features, head
 
@@ -249,8 +249,7 @@ def _generate(
 
     def run(ids_BT, positions, cache_by_layer):
         """`features` with weights and cache layer by layer, so that no step copies either."""
-        stacked = {name: _stack(part) for name, part in cache_by_layer.items() if name != "length"}
-        cache = {**stacked, "length": cache_by_layer["length"]}
+        cache = {n: p if n in WHOLE else _stack(p) for n, p in cache_by_layer.items()}
         weights = {**by_layer, "blocks": _stack(by_layer["blocks"])}
         out = features(model, weights, ids_BT, positions, cache=cache)
         assert out.cache is not None
@@ -303,8 +302,7 @@ def _generate(
 
 def _cache_by_layer(cache: Cache, layers: int) -> dict[str, Any]:
     """Returns the cache with the stacked parts as lists by layer, which a loop updates in place."""
-    parts = {name: part for name, part in cache.items() if name != "length"}
-    return {**{n: _split(part, layers) for n, part in parts.items()}, "length": cache["length"]}
+    return {n: part if n in WHOLE else _split(part, layers) for n, part in cache.items()}
 
 
 def _split(stacked: Any, layers: int) -> list[Any]:

@@ -308,6 +308,8 @@ _OUTSIDE: dict[str, tuple[str, ...]] = {
     "position_embedding/embedding": ("all", "width"),
     "value_embedding/embedding": ("all", "tables"),
     "value_embedding/gate": ("gate_in", "gates"),
+    "bigram_embedding/embedding": ("all", "all"),
+    "bigram_embedding/kernel": ("all", "width"),
     "final_norm/scale": ("final",),
     "final_norm/bias": ("final",),
     "head/kernel": ("width_in", "all"),

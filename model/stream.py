@@ -21,13 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.cache import Cache, init_cache
+from model.cache import WHOLE, Cache, init_cache
 from model.config import TransformerConfig
 from model.generate import CHUNK, Sampling, sample
 from model.stack import layers_of, stack_of, together
 from model.transformer import Model, features, head
-
-WHOLE = ("length", "source_segments")  # parts of a cache that are not by layer
 
 
 class Decoding(NamedTuple):

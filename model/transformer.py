@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.attention import Attention, Visibility, dot_product_attention
+from model.bigrams import BigramTable, tokens_before, tokens_before_cached
 from model.block import (
     Block,
     BlockOutput,
@@ -111,6 +112,8 @@ class Transformer(nn.Module):
             self.position_embedding = Table((c.max_length, c.width), normal, "embedding", dtype)
         if c.value_embeddings:
             self.value_embedding = ValueTable(c)
+        if c.bigram_rows is not None:
+            self.bigram_embedding = BigramTable(c, self.lookup)
         self.blocks = weight(self, "blocks", _init_blocks(c), (), None)
         self.final_norm = norm(c, "final_norm")
         if not c.tied_head:
@@ -161,6 +164,11 @@ class Transformer(nn.Module):
         B, T = tokens_BT.shape
         self._check(T, segments_BT, cache, capture, prefix)
         first_B = None if cache is None else cache["length"]
+        before_BT, ids_BS = None, None
+        if c.bigram_rows is not None and cache is not None:
+            before_BT, ids_BS = tokens_before_cached(tokens_BT, cache)
+        elif c.bigram_rows is not None:
+            before_BT = tokens_before(tokens_BT, positions_BT, segments_BT)
         counted = positions_BT is not None or cache is not None  # else from 0, the same in all rows
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None]
@@ -170,6 +178,8 @@ class Transformer(nn.Module):
         x_BTD = take(self.token_embedding(), tokens_BT, dtype, self.lookup)
         if c.positions == "learned":
             x_BTD = x_BTD + take(self.position_embedding(), positions_BT, dtype, self.lookup)
+        if before_BT is not None:
+            x_BTD = x_BTD + self.bigram_embedding(tokens_BT, before_BT)
         if c.embedding_norm:
             x_BTD = unit_rms(x_BTD, c.norm_epsilon)
         drops = c.random and self.has_rng("dropout")
@@ -254,6 +264,7 @@ class Transformer(nn.Module):
             hidden = jnp.concatenate([hidden, y_BTD[None]])
         if cache is not None:
             cache = {**cache, **saved["cache"], "length": cache["length"] + T}
+            cache |= {} if ids_BS is None else {"tokens": ids_BS}
         final_BTD = self.constrain(self.final_norm(y_BTD), ("batch", "branch", "width"))
         return Features(final_BTD, hidden, saved["attention"], cache)
 

@@ -68,8 +68,14 @@ def check_model(mesh: Mesh, config: TransformerConfig, vocabulary_multiple: int 
 
     Raises:
       ValueError: query or key/value heads, feed-forward width or vocabulary not divisible by
-        `tensor`, layers not by `pipeline`.
+        `tensor`, layers not by `pipeline`; pairs of tokens on a mesh that divides rows.
     """
+    if config.bigram_rows is not None and mesh.shape["context"] > 1:
+        raise ValueError(
+            f"a model with bigram_rows reads the token before each, and context="
+            f"{mesh.shape['context']} divides rows between devices; give those devices to data or "
+            "fsdp, or train without bigram_rows"
+        )
     tensor, pipeline = mesh.shape["tensor"], mesh.shape["pipeline"]
     for name, number in (("heads", config.heads), ("key/value heads", config.kv_heads_)):
         if number % tensor:

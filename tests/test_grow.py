@@ -26,6 +26,7 @@ GROWTHS = {
         {"layers": 5, "width": 96, "heads": 12, "ffn_width": 384, "tied_head": False},
     ),
     "shortcuts": (MODERN, {"layers": 6, "width": 64, "heads": 8, "ffn_width": 256}),
+    "pairs of tokens": (modern_tiny(bigram_rows=32), {"layers": 4, "width": 64, "heads": 8}),
     "untied": (STORIES, {"tied_head": False}),
     "more hidden units": (MODERN, {"ffn_width": 200}),
     "more queries a group": (llama_tiny(), {"heads": 8}),

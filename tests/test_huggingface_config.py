@@ -254,6 +254,8 @@ OTHER = {  # a value that neither preset has, for every field
     "embedding_norm": {True: False, False: True},
     "embedding_shortcut": 0.1,
     "value_embeddings": True,
+    "bigram_rows": 64,
+    "bigram_width": 8,
     "dropout": 0.25,
     "layer_drop": 0.1,
     "token_drop": 0.1,
@@ -291,7 +293,8 @@ def test_every_field_is_held_or_refused_or_said_not_to_be(name, field):
         assert held == expected
 
 
-_NOWHERE = ("window", "norm_scale", "embedding_norm", "embedding_shortcut", "value_embeddings")
+_TABLES = ("value_embeddings", "bigram_rows", "bigram_width")
+_NOWHERE = ("window", "norm_scale", "embedding_norm", "embedding_shortcut", *_TABLES)
 _NOT_ROTARY = ("positions", "norm", "activation", "dropout")
 NOT_IN = {
     *(("gpt2", name) for name in ("kv_heads", "head_width", "positions", "norm", "biases")),

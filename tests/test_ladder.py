@@ -102,7 +102,7 @@ def test_a_rung_builds_on_the_kept_ones_alone(monkeypatch):
         monkeypatch.setattr(rungs, "RUNGS", tuple(flipped))
         assert (recipe_of("cautious", CPU).model.logit_softcap == 15.0) is kept
         assert recipe_of("softcap", CPU).model.logit_softcap == 15.0
-        assert below("shortcuts") == ("softcap" if kept else "muon-batch")
+        assert below("shortcuts") == ("softcap" if kept else "bigrams")
 
 
 def test_names_say_one_thing():

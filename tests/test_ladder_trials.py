@@ -82,7 +82,7 @@ def test_either_side_has_as_many_trials(scale):
                 job, _ = trial_job(now, group, title, choices)
                 assert settings_of(job).held_out == "validation"
                 assert settings_of(job).seed == SEED
-                keys[group.side].append(job.key)
+                keys.setdefault(group.side, []).append(job.key)
             now = now.at(choices=list(trials.values())[pick])
         assert len(set(keys["torch"])) == len(set(keys["ours"]))
 
@@ -114,7 +114,7 @@ def test_a_trial_of_the_baseline_is_the_ladders_baseline_with_other_choices():
 def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     command = tuned(tmp_path)
     path, text = run_ladder(command)
-    assert len(command.run.ran) == 90
+    assert len(command.run.ran) == 96
     found = chain(read(path), TINY)
     after = found[-1].after
     for name, value in BEST["torch"].items():
@@ -124,7 +124,7 @@ def test_groups_choose_one_after_another_and_unattended(tmp_path, capsys):
     assert (after.muon.learning_rate, after.muon.adam_learning_rate) == (0.02, BEST["adam"])
     assert (after.embedding_rate, after.head_rate) == (4.0, 1.0)
     content = text.read_text()
-    assert "45 of the tuned torch baseline, 45 of ours" in content
+    assert "45 of the tuned torch baseline, 45 of ours, 6 of rungs" in content
     printed = capsys.readouterr().out
     for lines in (content, printed):
         assert "betas: AT AN EDGE of the grid: torch_adamw.b1 0.7 is the lowest" in lines
@@ -193,7 +193,16 @@ def test_batches_are_tried_for_equal_seconds(tmp_path):
 
 
 def test_a_group_alone_stands_on_what_others_on_record_chose(tmp_path):
-    for name in ("torch-tuned", "rate", "batch", "block", "muon", "muon-batch", "groups"):
+    for name in (
+        "torch-tuned",
+        "rate",
+        "batch",
+        "block",
+        "muon",
+        "muon-batch",
+        "bigrams",
+        "groups",
+    ):
         run_ladder(tuned(tmp_path / "apart", name))
     apart = read(tmp_path / "apart" / "results" / "speedrun-tuning-tiny.json")
     whole = read(run_ladder(tuned(tmp_path / "whole"))[0])

@@ -264,7 +264,11 @@ def test_phases_on_a_command_line():
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=2,pipeline=2"])
 def test_a_run_on_a_mesh_grows_as_one_on_a_device(text, tmp_path, mesh):  # noqa: F811
     small = modern_tiny(
-        layers=2, embedding_norm=True, embedding_shortcut=0.1, value_embeddings=True
+        layers=2,
+        embedding_norm=True,
+        embedding_shortcut=0.1,
+        value_embeddings=True,
+        bigram_rows=64,
     )
     large = dataclasses.replace(small, layers=4, width=64, heads=8, ffn_width=192)
     phases = [Phase(3, small, 8, 16), Phase(3, large, 8, 16)]

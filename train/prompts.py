@@ -129,3 +129,8 @@ def check_promptable(config: TransformerConfig, length: int) -> None:
             "the blocks of this model read value embeddings of each token, and a vector of a "
             "prompt is no token; use a model without value_embeddings, or tune it with lora"
         )
+    if config.bigram_rows is not None:
+        raise ValueError(
+            "this model looks up pairs of tokens, and a vector of a prompt is no token; use a "
+            "model without bigram_rows, or tune it with lora"
+        )

@@ -76,6 +76,7 @@ _ALWAYS: dict[str, Any] = {
     "embedding_norm": False,
     "embedding_shortcut": None,
     "value_embeddings": False,
+    "bigram_rows": None,
     "norm_scale": True,
 }
 

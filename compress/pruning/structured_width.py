@@ -78,7 +78,8 @@ def keep_width(config: TransformerConfig, params: PyTree, features_d: Any) -> Mo
     >>> small.width, small.head_width, small.ffn_width, round(small.norm_epsilon * 1e5, 4)
     (24, 8, 128, 1.3333)
     """
-    check_no_shortcuts(config, ("embedding_norm", "embedding_shortcut", "value_embeddings"))
+    names = ("embedding_norm", "embedding_shortcut", "value_embeddings", "bigram_rows")
+    check_no_shortcuts(config, names)
     if not config.norm_scale:
         raise ValueError(
             "a narrower stream is corrected in the scales of the norms, and this model's have none "

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.cache import Cache, init_cache, write
+from model.cache import WHOLE, Cache, init_cache, write
 from model.config import TransformerConfig
 
 
@@ -115,11 +115,8 @@ def int8_cache(config: TransformerConfig, batch: int, slots: int) -> Cache:
         scales = jnp.zeros(leaf.shape[:-1], jnp.float32)
         return Int8Slots(jnp.zeros(leaf.shape, jnp.int8), scales, leaf.dtype.name)
 
-    return {
-        "k": empty(plain["k"]),
-        "v": empty(plain["v"]),
-        "length": jnp.zeros((batch,), jnp.int32),
-    }
+    whole = {n: jnp.zeros(plain[n].shape, plain[n].dtype) for n in WHOLE if n in plain}
+    return {"k": empty(plain["k"]), "v": empty(plain["v"]), **whole}
 
 
 def cache_bytes(cache: Cache) -> int:

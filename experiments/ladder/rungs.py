@@ -143,6 +143,13 @@ RUNGS: tuple[Rung, ...] = (
         trial_share=0.3,
         with_rows=lambda choices, rows: dataclasses.replace(choices, muon_rows=rows),
     ),
+    Rung(
+        "bigrams",
+        "embeddings of pairs of tokens, hashed into a table",
+        techniques.bigrams,
+        trials=techniques.bigram_trials,
+        trial_share=0.2,
+    ),
     _off(
         Rung(
             "iterations",

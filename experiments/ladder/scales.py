@@ -32,6 +32,8 @@ class Choices:
       muon: for the modern block.
       muon_rows: of the batch that fits Muon.
       muon_factor: on Muon's rates at that batch.
+      bigram_rows: of the table of pairs of tokens.
+      bigram_width: of those rows.
       embedding_rate: factor on the rate of the embeddings.
       head_rate: factor on the rate of the head.
       vocabulary: tokenizer of the rung that changes it.
@@ -49,6 +51,8 @@ class Choices:
     muon: Muon = field(default_factory=lambda: Muon(learning_rate=0.02, adam_learning_rate=0.008))
     muon_rows: int = 16
     muon_factor: float = 1.0
+    bigram_rows: int = 1024
+    bigram_width: int = 16
     embedding_rate: float = 2.0
     head_rate: float = 0.5
     vocabulary: str = "sentencepiece:1024"
@@ -140,6 +144,8 @@ CPU = Scale(
         muon=Muon(learning_rate=5e-3, adam_learning_rate=8e-3),
         muon_rows=8,
         muon_factor=1.4,
+        bigram_rows=32768,
+        bigram_width=16,
         head_rate=1.0,
     ),
 )
@@ -164,6 +170,8 @@ GPU = Scale(
         block_rate=4e-3,
         muon=Muon(newton_schulz_dtype="bfloat16"),
         muon_rows=64,
+        bigram_rows=5 * 32768,  # as many times the vocabulary as in modded-nanogpt
+        bigram_width=128,
         vocabulary="sentencepiece:16384",
     ),
     mode="compile",

@@ -3,7 +3,7 @@
 Trials come in groups. Each group holds what the groups before it chose and tries every value of its
 own grid, whatever stands in `experiments/ladder/scales.py` for that: so a chain of groups can run
 unattended, and gives the same runs again once its choices stand there. The torch baseline and our
-recipe have equally many (a test counts them).
+recipe have equally many (a test counts them); rungs that it is not made of come on top.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ class Group:
 
     @property
     def side(self) -> str:
-        """Whose choices these are."""
-        return "torch" if self.subject in BASELINES else "ours"
+        """Whose choices these are; "beside" of a rung that nothing builds on."""
+        if self.subject in BASELINES:
+            return "torch"
+        return "ours" if rung_named(self.subject).kept else "beside"
 
 
 def groups() -> tuple[Group, ...]:

@@ -154,12 +154,12 @@ def write_trials(site: Site, path: Path) -> list[Path]:
 
 def counts(found: Sequence[Chosen]) -> str:
     """Says how many runs either side was tuned with."""
-    runs = {side: set[str]() for side in ("torch", "ours")}
+    runs = {side: set[str]() for side in ("torch", "ours", "beside")}
     for chosen in found:
         runs[chosen.group.side] |= chosen.keys
     return (
         f"Trials on record: {len(runs['torch'])} of the tuned torch baseline, "
-        f"{len(runs['ours'])} of ours."
+        f"{len(runs['ours'])} of ours, {len(runs['beside'])} of rungs that nothing builds on."
     )
 
 

@@ -21,12 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.bigrams import mixed
 from model.heads import SCORE
 from model.linear import at_least_float32, take
 
 GRAMS = "grams"  # under `score`
 MOST = 8
-_MULTIPLIER = 0x9E3779B1  # 2^32 over the golden ratio, odd: Knuth's multiplicative hashing
 
 
 def check_grams(order: int, buckets: int) -> None:
@@ -68,9 +68,7 @@ def grams_of(
     hashed_BT = jnp.zeros(tokens_BT.shape, jnp.uint32)
     found, real = [], []
     for further in range(order):
-        next_BT = jnp.roll(tokens_BT, -further, axis=1).astype(jnp.uint32)
-        mixed_BT = (hashed_BT ^ (next_BT + jnp.uint32(1))) * jnp.uint32(_MULTIPLIER)
-        hashed_BT = mixed_BT ^ (mixed_BT >> jnp.uint32(15))  # the upper bits are mixed best
+        hashed_BT = mixed(hashed_BT, jnp.roll(tokens_BT, -further, axis=1))
         found.append((hashed_BT % jnp.uint32(buckets)).astype(jnp.int32))
         real.append(places_T[None] + further < lengths_B[:, None])
     return jnp.concatenate(found, axis=1), jnp.concatenate(real, axis=1)
