@@ -207,7 +207,7 @@ def _ranges(site: Site) -> list[str]:
     lines = [
         "To so many bits per byte; each row takes what lies between two of its runs, or two "
         "evaluations of the fastest of them, whatever length it was planned for, and > is against "
-        "all of a baseline that did not get there.",
+        "all of a baseline that did not get there. Empty is what has not been timed.",
     ]
     for baseline, what, about_ in RANGES:
         body = []
@@ -222,7 +222,7 @@ def _ranges(site: Site) -> list[str]:
                 one = _ratio(site, rows[name], rows, to, what)[0]
                 if name == to:
                     one = "1" if rows[name].reached else ""
-                cells.append(one or "not reached")
+                cells.append(one or ("" if rows[name].reached else "not reached"))
             body.append([name, *cells])
         head = ["rung", *(f"{target:.3f}" for target in targets)]
         lines += ["", f"To {baseline or 'the rung below'}, {about_}:", ""]
