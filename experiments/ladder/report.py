@@ -270,7 +270,8 @@ def _kept(site: Site) -> list[str]:
 def verdict(site: Site, row: Row) -> tuple[str, str]:
     """Returns whether a rung is in the recipe, and what its time to the target says of that.
 
-    Time is that of the tokens at the pace of steps that were timed in turn. A rung pays if the mean
+    Time is that of the tokens at the pace of steps that were timed in turn, on the processor that
+    has timed most of those that have timed both. A rung pays if the mean
     logarithm of its ratios to the rung below lies above 0, and would lie as far off by chance in
     one of twenty cases at most (a paired t-test), over three seeds at least; it does not if it lies
     below as clearly. Without such timings there is no verdict, since runs of different hours differ
@@ -282,12 +283,16 @@ def verdict(site: Site, row: Row) -> tuple[str, str]:
     under = compared_with(row.name)
     if under is None:
         return word, ""
-    found = ratio_in_turn(site, row, row_of(site, under, mean_end(site, TORCH_TUNED), TORCH_TUNED))
+    to = row_of(site, under, mean_end(site, TORCH_TUNED), TORCH_TUNED)
+    ratios = {where: ratio_in_turn(site, row, to, where) for where in processors(site)}
+    where, found = next(((w, f) for w, f in ratios.items() if f is not None), ("", None))
     if found is None:
         return word, "no verdict: its steps have not been timed in turn (--side-by-side)"
     if not found.pairs:
         return word, "nothing to compare"
     figure = f"{_with_error(found, '{:.2f}')}x"
+    if where != next(iter(ratios)):
+        figure += f" on {where}"
     if late := [str(seed) for seed in row.seeds if seed not in row.reached]:
         return word, f"no verdict, {figure}: the target was not reached with seed {', '.join(late)}"
     if found.pairs < SEEDS_TO_KEEP:
