@@ -242,13 +242,18 @@ def test_only_rows_that_looked_for_a_loss_are_compared_with_the_row_below(tmp_pa
     assert "###" in first
 
 
+def where_both(site, of, to, processor):
+    """On one of two processors alone both rows have been timed."""
+    return rows.ratio(of, to) if processor == "second" else None
+
+
 @pytest.mark.parametrize(
     ("seconds", "kept", "says"),
     [
-        ((1.0, 1.1, 1.2), True, r"yes, 1\.\d+ ± 0\.\d+x, p 0\.\d+$"),
+        ((1.0, 1.1, 1.2), True, r"yes, 1\.\d+ ± 0\.\d+x on second, p 0\.\d+$"),
         ((1.0, 1.1, 1.2), False, r"not what the recipe does"),
         ((2.0, 2.1, 2.2), True, r"no, .*\(\*\*not what the recipe does"),
-        ((2.0, 2.1, 2.2), False, r"no, 0\.\d+ ± 0\.\d+x, p 0\.\d+$"),
+        ((2.0, 2.1, 2.2), False, r"no, 0\.\d+ ± 0\.\d+x on second, p 0\.\d+$"),
         ((1.4, 1.6, 1.5), True, r"unclear, .*\(\*\*kept without proof"),
         ((1.4, 1.6, 1.5), False, r"unclear, .* p 0\.\d+$"),
         ((1.3, 1.5, 1.4), True, r"unclear, 1\.\d+.* p 0\.\d+ "),  # two standard errors
@@ -259,7 +264,8 @@ def test_a_verdict_needs_one_in_twenty_over_three_seeds(monkeypatch, seconds, ke
     name = "muon" if kept else "length"
     mine, under = row(name, dict(enumerate(seconds))), row("x", {0: 1.5, 1: 1.52, 2: 1.51})
     monkeypatch.setattr(report, "row_of", lambda site, *args: under)
-    monkeypatch.setattr(report, "ratio_in_turn", lambda site, of, to: rows.ratio(of, to))
+    monkeypatch.setattr(report, "processors", lambda site: ["first", "second"])
+    monkeypatch.setattr(report, "ratio_in_turn", where_both)
     monkeypatch.setattr(report, "mean_end", lambda *args: 1.0)
     word, found = report.verdict(None, mine)
     assert word == ("yes" if kept else "no")
@@ -300,7 +306,8 @@ def test_seeds_that_missed_the_target_leave_no_verdict(monkeypatch):
     )
     under = row("x", {0: 1.5, 1: 1.52, 2: 1.51, 3: 1.5, 4: 1.5})
     monkeypatch.setattr(report, "row_of", lambda site, *args: under)
-    monkeypatch.setattr(report, "ratio_in_turn", lambda site, of, to: rows.ratio(of, to))
+    monkeypatch.setattr(report, "processors", lambda site: ["first", "second"])
+    monkeypatch.setattr(report, "ratio_in_turn", where_both)
     monkeypatch.setattr(report, "mean_end", lambda *args: 1.0)
     _, found = report.verdict(None, mine)
     assert re.search(r"no verdict, 1\.\d+ .* not reached with seed 3, 4", found), found
