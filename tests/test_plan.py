@@ -74,22 +74,22 @@ DEEP = modern_mini(scan_layers=True, vocabulary_size=512, layers=8)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "time", "mesh", "division", "changes"),
+    ("config", "time", "mesh", "division", "changes", "most"),
     [
         # Mostly logits: every device has those of its own tokens, and a part of every chunk.
-        (WIDE_HEAD, 512, {"context": 8}, Division(), {}),
-        (WIDE_HEAD, 512, {"data": 8}, Division(), {}),
-        (WIDE_HEAD, 512, {"data": 2, "context": 4}, Division(), {"loss_chunk": 1024}),
+        (WIDE_HEAD, 512, {"context": 8}, Division(), {}, 1.35),
+        (WIDE_HEAD, 512, {"data": 8}, Division(), {}, 1.4),
+        (WIDE_HEAD, 512, {"data": 2, "context": 4}, Division(), {"loss_chunk": 1024}, 1.35),
         # Mostly blocks: rounds save less in each of more steps.
-        (DEEP, 128, {"pipeline": 2}, Division((), 4, 1), {}),
-        (DEEP, 128, {"pipeline": 2}, Division((), 4, 2), {}),
-        (DEEP, 128, {"pipeline": 2}, Division((), 4, 4), {}),
+        (DEEP, 128, {"pipeline": 2}, Division((), 4, 1), {}, 1.35),
+        (DEEP, 128, {"pipeline": 2}, Division((), 4, 2), {}, 1.35),
+        (DEEP, 128, {"pipeline": 2}, Division((), 4, 4), {}, 1.35),
     ],
 )
-def test_activations_of_a_mesh_are_near_what_xla_plans(config, time, mesh, division, changes):
-    """0.8 to 1.4 times what XLA plans on CPU devices: buffers of collectives are left out.
+def test_activations_of_a_mesh_are_near_what_xla_plans(config, time, mesh, division, changes, most):
+    """0.8 to 1.35 times what XLA plans on CPU devices: buffers of collectives are left out.
 
-    The bound above is for the wide head. XLA fits gradients of 5.8 MB into buffers that the
+    To 1.4 for the wide head with divided rows of a batch. XLA fits gradients of 5.8 MB into buffers that the
     backward pass no longer needs, and since a step looks at the norm of its updates it finds room
     for 4 MB more of them; the arithmetic counts them as if all were there at once.
     """
@@ -99,7 +99,7 @@ def test_activations_of_a_mesh_are_near_what_xla_plans(config, time, mesh, divis
     program = abstract_step(settings, mesh_of(text), division).lower().compile()
     planned = program.memory_analysis().temp_size_in_bytes
     ratio = (memory.gradients + memory.activations) / planned
-    assert 0.8 < ratio < 1.4, (memory, planned)
+    assert 0.8 < ratio < most, (memory, planned)
 
 
 def test_rounds_of_a_pipeline_save_no_more():

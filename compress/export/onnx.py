@@ -31,9 +31,8 @@ HOLD_ANY = "The native and the StableHLO format hold any model"
 FREE = {
     *("vocabulary_size", "max_length", "layers", "width", "heads", "kv_heads", "head_width"),
     *("ffn_width", "norm_epsilon", "tied_head", "rotary_base", "zero_init_projections"),
-    "bigram_width",
     *("init_std", "dropout", "layer_drop", "token_drop", "dtype", "parameter_dtype"),
-    *("scan_layers", "remat"),
+    *("scan_layers", "remat", "bigram_width"),
 }
 
 
