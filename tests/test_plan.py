@@ -89,7 +89,7 @@ DEEP = modern_mini(scan_layers=True, vocabulary_size=512, layers=8)
 def test_activations_of_a_mesh_are_near_what_xla_plans(config, time, mesh, division, changes, most):
     """0.8 to 1.35 times what XLA plans on CPU devices: buffers of collectives are left out.
 
-    To 1.4 for the wide head with divided rows of a batch. XLA fits gradients of 5.8 MB into buffers that the
+    To 1.4 for the wide head with rows apart: XLA fits gradients of 5.8 MB into buffers that the
     backward pass no longer needs, and since a step looks at the norm of its updates it finds room
     for 4 MB more of them; the arithmetic counts them as if all were there at once.
     """
