@@ -78,7 +78,7 @@ def test_the_same_start_and_batches_give_the_losses_of_our_own_step(
     np.testing.assert_allclose(found, expected, atol=1e-4)
     ours, torch = read_curve(tmp_path / "ours"), read_curve(tmp_path / "torch")
     assert torch.steps == ours.steps == [10, 20, 24]
-    np.testing.assert_allclose(torch.losses, ours.losses, atol=1e-4)
+    np.testing.assert_allclose(torch.values, ours.values, atol=1e-4)
     bits = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("ours", "torch")]
     assert bits[0]["evaluation"].keys() == bits[1]["evaluation"].keys()
     np.testing.assert_allclose(*(b["evaluation"]["bits_per_byte"] for b in bits), atol=1e-4)
