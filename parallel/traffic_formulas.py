@@ -188,7 +188,7 @@ def gradients(v: Volumes, more: Sequence[str] = (), backend: Backend = CPU) -> l
             found += _vectors(v, backend, every, names)
         found += [
             Expected("all-reduce", every, 1, size, f"gradient of {name}")
-            for name, size in v.end_vectors.items()
+            for name, size in v.whole_ends.items()
         ]
         if "zero1" in more:
             pass  # it has a way of its own
@@ -279,12 +279,13 @@ def sequence(v: Volumes, backend: Backend = CPU, recomputes: bool = False) -> li
         Expected("all-gather", axes, (2 + 2 * again) * blocks, part, "a branch's input"),
         Expected("all-gather", axes, 2 * blocks, part, "gradient of a branch's output"),
         Expected("all-gather", axes, 1, v.stream, "the head's input"),
+        Expected("collective-permute", axes, 1, v.borders, "the token before a device's first"),
         Expected(summed, axes, (2 + again) * blocks, part, "end of a branch"),
         Expected(summed, axes, inputs * blocks, part, "gradient of a branch's input"),
         Expected(summed, axes, 1, v.stream, "gradient of the head's input"),
         Expected(table_sum, axes, 1, n * v.table, "gradient of token_embedding"),
         *_vectors(v, backend, axes, {**v.whole_heads, **v.vectors}),
-        *(Expected("all-reduce", axes, 1, b, f"gradient of {k}") for k, b in v.end_vectors.items()),
+        *(Expected("all-reduce", axes, 1, b, f"gradient of {k}") for k, b in v.whole_ends.items()),
     ]
 
 

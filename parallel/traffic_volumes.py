@@ -36,7 +36,8 @@ class Volumes(NamedTuple):
       whole_heads: of one layer: what belongs to a head alone, and sees some heads on each device.
       table: of the token embedding, divided by `tensor`.
       ends: other parameters outside the blocks that are matrices, by name, divided by `tensor`.
-      end_vectors: those that are vectors.
+      whole_ends: those that every device holds all of: vectors, and a table of pairs of tokens.
+      borders: the token before a device's first, four bytes for each row, where a model reads it.
       stream: the activations [B, T, D] of one device, time whole but for `context`.
       embedded: the same as they come from the table, in its type.
       tokens: the ids of one device, four bytes each, and so any number for each token.
@@ -57,7 +58,8 @@ class Volumes(NamedTuple):
     whole_heads: Mapping[str, int]
     table: int
     ends: Mapping[str, int]
-    end_vectors: Mapping[str, int]
+    whole_ends: Mapping[str, int]
+    borders: int
     stream: int
     embedded: int
     tokens: int
@@ -108,7 +110,7 @@ def volumes(
     n = {name: sizes.get(name, 1) for name in AXES}
     t = n["tensor"]
     item, one = jnp.dtype(config.dtype).itemsize, jnp.dtype(config.parameter_dtype).itemsize
-    kernels, vectors, divided, heads, ends, end_vectors = ({} for _ in range(6))
+    kernels, vectors, divided, heads, ends, whole_ends = ({} for _ in range(6))
     table = 0
     for path, elements, axes in _leaves(config):
         name, size = path.removeprefix("blocks/").rpartition("/")[0], elements * one
@@ -129,11 +131,12 @@ def volumes(
                 ends[name] = size * item // (one * t)
             else:
                 table = size // t
-        elif axes > 1:
+        elif axes > 1 and name != "bigram_embedding":
             ends[name] = size
         else:
-            end_vectors[path] = size
+            whole_ends[path] = size
     tokens = rows * time // (n["data"] * n["fsdp"] * n["context"])
+    row_bytes = 4 * rows // (n["data"] * n["fsdp"])
     keys = tokens * config.kv_heads_ * config.head_width_ // t
     return Volumes(
         n,
@@ -147,11 +150,12 @@ def volumes(
         heads,
         table,
         ends,
-        end_vectors,
+        whole_ends,
+        row_bytes if config.bigram_rows is not None else 0,
         tokens * config.width * item,
         tokens * config.width * one,
         tokens * 4,
-        4 * rows // (n["data"] * n["fsdp"]),
+        row_bytes,
         keys * item,
         keys * max(4, item),
         (3, 2 if config.activation == "swiglu" else 1),

@@ -1,5 +1,6 @@
 """Compiled steps against the textbook, array by array: nothing unexplained."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -66,6 +67,21 @@ def test_nothing_in_a_compiled_step_is_unexplained(text, more):
 @pytest.mark.parametrize(("text", "more"), [("tensor=4,data=2", ()), ("fsdp=8", ())])
 def test_grouped_queries_and_a_gate_are_counted(text, more):
     rows = rows_of(LLAMA, text, more)
+    assert not unexplained(rows), "\n" + explained_table(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("tensor=8", ("sequence",)),
+        ("data=8", ("zero1",)),
+        ("fsdp=8", ()),
+        ("data=2,fsdp=2,tensor=2", ()),
+    ],
+)
+def test_a_table_of_pairs_is_whole_on_every_device(text, more):
+    rows = rows_of(dataclasses.replace(MODERN, bigram_rows=512, bigram_width=16), text, more)
     assert not unexplained(rows), "\n" + explained_table(rows)
 
 
