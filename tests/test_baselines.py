@@ -224,9 +224,7 @@ def test_what_the_baseline_does_not_know_is_refused(changes, says):
         TorchBaseline(replace(settings_of(), **changes))
 
 
-def test_bfloat16_on_a_cpu_and_cuda_beside_a_gpu_of_jax_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="bfloat16 is for cuda"):
-        TorchBaseline(settings_of(), precision="bfloat16")
+def test_cuda_beside_a_gpu_of_jax_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="JAX_PLATFORMS=cpu"):
         run_baseline(TorchBaseline(settings_of(), device="cuda"), tmp_path / "run")

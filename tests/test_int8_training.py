@@ -83,6 +83,18 @@ def test_float8(strict, kind):
         assert np.abs(rows(got) - a @ b).max() > 1e-3
 
 
+@pytest.mark.parametrize("form", ["plain", "cpu"])
+def test_bfloat16_products_are_those_of_rounded_operands(strict, monkeypatch, form):
+    """Its three products in float64, of operands that were rounded by NumPy's own type."""
+    monkeypatch.setattr("model.linear.cpu_forms", lambda platform=None: form == "cpu")
+    y, dx, dw = all_three(Products("bfloat16", "bfloat16", "bfloat16"))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32,) * 3
+    x, w, g = (rows(np.asarray(a).astype(jnp.bfloat16)) for a in (X, W, G))
+    for got, a, b in ((y, x, w), (dx, g, w.T), (dw, x.T, g)):
+        np.testing.assert_allclose(rows(got), a @ b, rtol=1e-5, atol=1e-5)
+    assert np.abs(rows(y) - rows(X) @ rows(W)).max() > 1e-3  # it is no float32 product
+
+
 def test_stochastic_rounding_has_no_bias():
     keys = jax.random.split(jax.random.key(3), 3000)
     a = jnp.array([[0.3, -0.7, 1.0], [0.0, 2.0, -1.111]])

@@ -12,6 +12,7 @@ from experiments.ladder import report, rows
 from experiments.ladder.climb import (
     BASELINES,
     TORCH,
+    TORCH_BFLOAT16,
     TORCH_COMPILED,
     TORCH_TUNED,
     Site,
@@ -167,22 +168,27 @@ def test_without_a_baseline_nothing_is_climbed(tmp_path, no_pictures):
     assert command.run.ran == [f"torch, {TINY.tokens:,} tokens"]
 
 
-def test_the_compiled_baseline_takes_the_lengths_of_the_eager_one(tmp_path, no_pictures):
-    command = ladder(tmp_path, rung=("torch-tuned", "torch-tuned-compiled"), seeds=2)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(TORCH_COMPILED, ("compile", "float32")), (TORCH_BFLOAT16, ("eager", "bfloat16"))],
+)
+def test_a_baseline_in_another_program_takes_the_lengths_of_the_tuned_one(
+    tmp_path, no_pictures, name, how
+):
+    command = ladder(tmp_path, rung=("torch-tuned", name), seeds=2)
     run_ladder(command)
     site = Site(TINY, tmp_path, read(tmp_path / "results" / "speedrun-tiny.json"))
     first = rows.mean_end(site, TORCH)
     for seed in range(2):
-        found = list(lengths_of(site, TORCH_COMPILED, seed))
+        found = list(lengths_of(site, name, seed))
         assert found == sorted({TINY.tokens, enough(site, TORCH_TUNED, seed, first)})
         assert len(found) == 2
-    jobs = [job_of(CPU, name, CPU.tokens, 0) for name in (TORCH_TUNED, TORCH_COMPILED)]
-    assert [job.baseline.mode for job in jobs] == ["eager", "compile"]
-    assert jobs[0].baseline.settings == jobs[1].baseline.settings
-    with pytest.raises(ValueError, match="no rung is called 'torch-tuned-compiled'"):
-        run_ladder(
-            dataclasses.replace(ladder(tmp_path, data=("a",), rung=(TORCH_COMPILED,)), scale="gpu")
-        )
+    usual, other = (job_of(CPU, row, CPU.tokens, 0).baseline for row in (TORCH_TUNED, name))
+    assert (usual.mode, usual.precision) == ("eager", "float32")
+    assert (other.mode, other.precision) == how
+    assert usual.settings == other.settings
+    with pytest.raises(ValueError, match=f"no rung is called '{name}'"):
+        run_ladder(dataclasses.replace(ladder(tmp_path, data=("a",), rung=(name,)), scale="gpu"))
 
 
 def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures):
@@ -190,7 +196,7 @@ def test_ratios_to_every_baseline_in_every_way_of_counting(tmp_path, no_pictures
     path, text, *_ = run_ladder(ladder(tmp_path, rung=chosen, seeds=3))
     gathered = read(path)
     site = Site(TINY, tmp_path, gathered)
-    speeds = {"muon": 0.5, TORCH: 0.8, TORCH_COMPILED: 1.2}
+    speeds = {"muon": 0.5, TORCH: 0.8, TORCH_COMPILED: 1.2, TORCH_BFLOAT16: 0.9}
     put_speeds(site, speeds)
     speeds[TORCH_TUNED] = 1.0  # which all are measured against
     text = "\n".join(render(site, path))

@@ -1,4 +1,4 @@
-"""Products in 8 bits while training: forward, and where wanted backward.
+"""Products in 8 or 16 bits while training: forward, and where wanted backward.
 
     y  = x @ w      x by row,   w by column     summed over I
     dx = g @ w'     g by row,   w by row        summed over O
@@ -7,6 +7,8 @@
 Each operand gets scales of its own for each product, found as the product is taken, one for all
 that is summed, so that scales come out of the sum. The weight's gradient suffers most from few
 bits, since its sum runs over positions of very different sizes, and stays in float unless asked.
+Bfloat16 has the range of float32 and takes no scales: sums, parameters and all that is no product
+stay in float32, as in TPUs' own products of float32.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -23,18 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.quantization.quantize import is_qtensor
-from model.linear import at_least_float32
+from model.linear import product
 from model.linear import take as take_rows
 from model.rules import STACK, Rules, is_stacked, match, path_of
 
 PyTree = Any
-Kind = Literal["float", "int8", "e4m3", "e5m2"]
+Kind = Literal["float", "bfloat16", "int8", "e4m3", "e5m2"]
 
 _TYPES: dict[str, Any] = {
     "int8": jnp.int8,
     "e4m3": jnp.float8_e4m3fn,
     "e5m2": jnp.float8_e5m2,
 }
+_UNSCALED = ("float", "bfloat16")
 _LARGEST = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}
 MOST_SUMMED = (2**31 - 1) // 127**2  # int8 products that int32 holds, whatever the numbers
 
@@ -44,8 +47,9 @@ class Products:
     """In what numbers the three products of a kernel are taken.
 
     Attributes:
-      forward: of y. "e4m3" and "e5m2" are float8 types (Micikevicius et al. 2022,
-        arXiv:2209.05433), which a backend without them computes in wider floats.
+      forward: of y. "bfloat16" has the range of float32, and so no scales. "e4m3" and "e5m2" are
+        float8 types (Micikevicius et al. 2022, arXiv:2209.05433), which a backend without them
+        computes in wider floats.
       input_gradient: of dx.
       weight_gradient: of dw.
       rounding: of the operands of dx and dw. "stochastic" makes the gradients those of float
@@ -65,8 +69,9 @@ class Products:
     def __post_init__(self):
         kinds = (self.forward, self.input_gradient, self.weight_gradient)
         for kind in kinds:
-            if kind not in ("float", *_TYPES):
-                raise ValueError(f"products are float, {', '.join(_TYPES)}, not {kind!r}")
+            if kind not in (*_UNSCALED, *_TYPES):
+                known = ", ".join((*_UNSCALED, *_TYPES))
+                raise ValueError(f"products are {known}, not {kind!r}")
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding is 'nearest' or 'stochastic', not {self.rounding!r}")
         if self.rounding == "stochastic":
@@ -80,7 +85,7 @@ class Products:
 def dot(
     x: jax.Array, w: jax.Array, key: jax.Array | None = None, products: Products = Products()
 ) -> jax.Array:
-    """Returns x @ w, it and its gradients in 8 bits.
+    """Returns x @ w, it and its gradients in few bits.
 
     Args:
       x: [..., I].
@@ -129,12 +134,11 @@ def _product(
     kind: Kind, a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any, key: Any
 ) -> jax.Array:
     """Sums a over axes[0] with b over axes[1], both matrices."""
-    wide = at_least_float32(dtype)
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    if kind == "float":
+    if kind in _UNSCALED:
         # As `linear` does: in the type of activations and their gradients.
-        b = b.astype(a.dtype)
-        return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide).astype(dtype)
+        operands = a.dtype if kind == "float" else jnp.bfloat16
+        return product(a.astype(operands), b.astype(operands), axes).astype(dtype)
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
     if kind == "int8" and a.shape[axes[0]] > MOST_SUMMED:
         raise ValueError(
             f"{a.shape[axes[0]]:,} products of int8 are summed, and int32 holds {MOST_SUMMED:,} at "
@@ -144,9 +148,9 @@ def _product(
     a_numbers, a_scale = round_to(kind, a, axes[0], one)
     b_numbers, b_scale = round_to(kind, b, axes[1], two)
     sums = jnp.int32 if kind == "int8" else jnp.float32
-    product = jax.lax.dot_general(a_numbers, b_numbers, dimensions, preferred_element_type=sums)
+    whole = jax.lax.dot_general(a_numbers, b_numbers, dimensions, preferred_element_type=sums)
     scale = a_scale.reshape(-1, 1) * b_scale.reshape(1, -1)
-    return (product.astype(jnp.float32) * scale).astype(dtype)
+    return (whole.astype(jnp.float32) * scale).astype(dtype)
 
 
 def round_to(
@@ -234,7 +238,7 @@ class LowPrecision:
 def low_precision_products(rules: Rules) -> Callable[[PyTree, Any], PyTree]:
     """Returns `(weights, context) -> weights`, the `apply` of a weight transform.
 
-    No model code changes: chosen kernels become weights that take their products in 8 bits, with
+    No model code changes: chosen kernels become weights that take their products in few bits, with
     gradients to the plain parameters. Keys come from `context.rng`, one for each kernel, layer and
     (micro-)batch; without one, as in evaluation, everything is rounded to nearest.
 

@@ -57,7 +57,7 @@ class Baseline:
       seed: of weights, data order and dropout.
       mode: eager, or through torch.compile.
       device: where to train.
-      precision: of the products; bfloat16 on cuda only.
+      precision: of the products; bfloat16 is autocast.
       initial: who draws the initial weights.
       keep: leave the last weights in the run's folder, as Hugging Face has them.
       target_loss: stop at the first evaluation at or under it.

@@ -30,13 +30,18 @@ from experiments.tables.gathered import Gathered
 from train.loop import LoopSettings
 from train.settings import digest, essential
 
-TORCH, TORCH_TUNED, TORCH_COMPILED = "torch", "torch-tuned", "torch-tuned-compiled"
+TORCH, TORCH_TUNED = "torch", "torch-tuned"
+TORCH_COMPILED, TORCH_BFLOAT16 = "torch-tuned-compiled", "torch-tuned-bfloat16"
 BASELINES = {
     TORCH: "Hugging Face GPT-2 in torch, Adam at a constant 1e-4, dropout 0.1",
     TORCH_TUNED: "the same model, AdamW with tuned rate, schedule, betas and decay, no dropout",
     TORCH_COMPILED: "that one through torch.compile",
+    TORCH_BFLOAT16: "the tuned one under autocast to bfloat16",
 }
 """What everything compares with; the losses of the first two are the targets."""
+
+LEARNS_AS = {TORCH_COMPILED: TORCH_TUNED, TORCH_BFLOAT16: TORCH_TUNED}
+"""Baselines that are the recipe of another one in another program, and take its lengths over."""
 
 HEADLINES = ("jax", "rate", "muon", "for-hf", "for-gguf")
 """Rungs that also look for the length that suits the first baseline's loss, besides the highest
@@ -175,13 +180,15 @@ def scale_named(scale: Scale, table: str) -> Scale:
 
 
 def baselines_of(scale: Scale) -> tuple[str, ...]:
-    """Returns the baselines of a scale: where all are compiled, none is so a second time.
+    """Returns the baselines of a scale: where all are compiled, or in bfloat16, none is so twice.
 
     >>> from experiments.ladder.scales import CPU, GPU
     >>> baselines_of(CPU), baselines_of(GPU)
-    (('torch', 'torch-tuned', 'torch-tuned-compiled'), ('torch', 'torch-tuned'))
+    (('torch', 'torch-tuned', 'torch-tuned-compiled', 'torch-tuned-bfloat16'), \
+('torch', 'torch-tuned'))
     """
-    return tuple(n for n in BASELINES if n != TORCH_COMPILED or scale.mode != "compile")
+    usual = _how(scale, TORCH_TUNED)
+    return tuple(n for n in BASELINES if n not in LEARNS_AS or _how(scale, n) != usual)
 
 
 def searched(name: str, baseline: str) -> bool:
@@ -195,7 +202,7 @@ def recipe_for(scale: Scale, name: str) -> Recipe:
     """Returns the recipe of a rung or of a baseline."""
     if name == TORCH:
         return first_recipe(scale)
-    if name in (TORCH_TUNED, TORCH_COMPILED):
+    if LEARNS_AS.get(name, name) == TORCH_TUNED:
         chosen, first = scale.choices, first_recipe(scale)
         tuned = dataclasses.replace(
             first,
@@ -215,7 +222,7 @@ def recipe_key(scale: Scale, name: str) -> str:
     >>> recipe_key(CPU, "torch-tuned") == recipe_key(CPU, "torch-tuned-compiled")
     False
     """
-    how = [_mode(scale, name), scale.device, scale.precision] if name in BASELINES else []
+    how = _how(scale, name) if name in BASELINES else ()
     return digest(essential([recipe_for(scale, name), *how]))
 
 
@@ -237,8 +244,7 @@ def job_called(
         checkpoint_every=max(500, settings.steps),
     )
     if name in BASELINES:
-        torch = TorchBaseline(settings, _mode(scale, name), scale.device, scale.precision)
-        return BaselineCell(title, torch, loop)
+        return BaselineCell(title, TorchBaseline(settings, *_how(scale, name)), loop)
     return Cell(title, settings, loop)
 
 
@@ -334,8 +340,10 @@ def enough(site: Site, name: str, seed: int, target: float) -> int | None:
     return min(ended) if ended else None
 
 
-def _mode(scale: Scale, name: str) -> Any:
-    return "compile" if name == TORCH_COMPILED else scale.mode
+def _how(scale: Scale, name: str) -> tuple[Any, Any, Any]:
+    """Mode, device and precision of a baseline."""
+    mode = "compile" if name == TORCH_COMPILED else scale.mode
+    return mode, scale.device, "bfloat16" if name == TORCH_BFLOAT16 else scale.precision
 
 
 def _title(name: str, tokens: int) -> str:

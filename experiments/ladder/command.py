@@ -10,8 +10,8 @@ from experiments.attempts import Failures
 from experiments.json_files import write_text
 from experiments.ladder.child import run_apart
 from experiments.ladder.climb import (
+    LEARNS_AS,
     TORCH,
-    TORCH_COMPILED,
     TORCH_TUNED,
     Pace,
     Runner,
@@ -43,8 +43,8 @@ class Asked:
     """What is asked of the ladder.
 
     Attributes:
-      rung: those to run, baselines by their names torch, torch-tuned and torch-tuned-compiled; all
-        by default.
+      rung: those to run, baselines by their names torch, torch-tuned, torch-tuned-compiled and
+        torch-tuned-bfloat16; all by default.
       seeds: how many, from 0, for the ladder.
       data: sources in place of the scale's; a file of text is read as bytes.
       tokenizer: in place of the scale's, or of bytes.
@@ -262,8 +262,8 @@ def run_rungs(site: Site, names: Sequence[str], seeds: int, failures: Failures) 
 
 def _climb_to_both(site: Site, name: str, seed: int) -> None:
     first, second = mean_end(site, TORCH), mean_end(site, TORCH_TUNED)
-    if name == TORCH_COMPILED:  # learns as the eager one does, so its lengths are those of that
-        for tokens in {site.scale.tokens, enough(site, TORCH_TUNED, seed, first)} - {None}:
+    if name in LEARNS_AS:
+        for tokens in {site.scale.tokens, enough(site, LEARNS_AS[name], seed, first)} - {None}:
             site.outcome(name, tokens or 0, seed)
         return
     if name != TORCH_TUNED:  # whose length for the second target is its budget

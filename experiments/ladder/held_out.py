@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from experiments.attempts import Failures
 from experiments.ladder.climb import (
     BASELINES,
+    LEARNS_AS,
     TORCH,
-    TORCH_COMPILED,
     TORCH_TUNED,
     Site,
     baselines_of,
@@ -30,9 +30,6 @@ from experiments.ladder.side_by_side import speed_against, timed
 
 Planning = Mapping[tuple[str, int], set[int]]
 
-COUNTERPART = {TORCH_COMPILED: TORCH_TUNED}
-"""Whose lengths a baseline takes over, as it learns alike."""
-
 
 def planned(site: Site, name: str, seed: int, baseline: str) -> int | None:
     """Returns the length that the validation split chose for the loss of a baseline, or None.
@@ -43,21 +40,21 @@ def planned(site: Site, name: str, seed: int, baseline: str) -> int | None:
       seed: of the run.
       baseline: whose mean end is to be met: its own length is all of its budget.
     """
-    if COUNTERPART.get(name, name) == baseline or name == TORCH:
+    if LEARNS_AS.get(name, name) == baseline or name == TORCH:
         return site.scale.tokens
     if not searched(name, baseline):
         return None
     there = site.on_validation
-    return enough(there, COUNTERPART.get(name, name), seed, mean_end(there, baseline))
+    return enough(there, LEARNS_AS.get(name, name), seed, mean_end(there, baseline))
 
 
 def planned_bracket(site: Site, name: str, seed: int, baseline: str) -> set[int]:
     """Returns the lengths between which the validation split saw the loss of a baseline reached."""
     length = planned(site, name, seed, baseline)
-    if length is None or name == TORCH or COUNTERPART.get(name, name) == baseline:
+    if length is None or name == TORCH or LEARNS_AS.get(name, name) == baseline:
         return {length} - {None}  # type: ignore[return-value]
     there = site.on_validation
-    return bracket(there, COUNTERPART.get(name, name), seed, mean_end(there, baseline))
+    return bracket(there, LEARNS_AS.get(name, name), seed, mean_end(there, baseline))
 
 
 def lengths_planned(site: Site, names: Sequence[str], seeds: int) -> Planning:
@@ -71,7 +68,7 @@ def lengths_planned(site: Site, names: Sequence[str], seeds: int) -> Planning:
     missing = []
     for name in names:
         for seed in range(max(seeds, site.scale.target_seeds) if name in BASELINES else seeds):
-            if not lengths_of(there, COUNTERPART.get(name, name), seed):
+            if not lengths_of(there, LEARNS_AS.get(name, name), seed):
                 missing.append(f"{name} (seed {seed})")
             brackets = (planned_bracket(site, name, seed, b) for b in (TORCH_TUNED, TORCH))
             found[name, seed] = set().union(*brackets)

@@ -10,6 +10,7 @@ from typing import Any
 from experiments.ladder.climb import (
     BASELINES,
     TORCH,
+    TORCH_BFLOAT16,
     TORCH_COMPILED,
     TORCH_TUNED,
     Site,
@@ -51,7 +52,7 @@ def _losses(axes: Any, site: Site, names: list[str], target: float) -> None:
             continue  # it has not been timed, and others have
         bits = [float(p["bits"]) for p in points]
         if name in BASELINES:
-            dash = ":" if name == TORCH_COMPILED else "--"
+            dash = {TORCH_COMPILED: ":", TORCH_BFLOAT16: "-."}.get(name, "--")
             style: dict[str, Any] = {"color": "black", "linestyle": dash}
             style["alpha"] = 0.5 if name == TORCH else 1.0
         else:

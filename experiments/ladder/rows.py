@@ -12,8 +12,8 @@ import numpy as np
 
 from experiments.ladder.climb import (
     BASELINES,
+    LEARNS_AS,
     TORCH,
-    TORCH_COMPILED,
     TORCH_TUNED,
     Site,
     lengths_of,
@@ -96,7 +96,7 @@ def row_of(site: Site, name: str, target: float, end_of: str | None = None) -> R
     curves = curves_of(site, name)
     # Where no further length may be tried, those there are do for what lies just past them.
     beyond = BEYOND if site.scale.held_out == "test" else 1.0
-    ends_it = name == end_of or (name, end_of) == (TORCH_COMPILED, TORCH_TUNED)
+    ends_it = LEARNS_AS.get(name, name) == end_of
     found: dict[int, Reached] = {}
     for seed, runs in curves.items():
         there = fastest(runs, target, beyond)
@@ -237,7 +237,7 @@ def names_of(site: Site) -> list[str]:
 def compared_with(name: str) -> str | None:
     """Returns the row below: for the first rung the baseline that learns alike, None for that."""
     if name in BASELINES:
-        return {TORCH_TUNED: TORCH, TORCH_COMPILED: TORCH_TUNED}.get(name)
+        return {TORCH_TUNED: TORCH, **LEARNS_AS}.get(name)
     return below(name) or TORCH
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from experiments.baselines.tune import BATCHES
 from experiments.ladder.recipe import Ramp, Recipe
 from experiments.ladder.scales import Choices, Scale
+from experiments.methods.compression import LowPrecision
 from experiments.methods.multi_token import MultiToken
 from model.presets import modern
 from train.schedules import Linear
@@ -265,6 +266,20 @@ def tail(recipe: Recipe, scale: Scale) -> Recipe:
 def batch_warmup(recipe: Recipe, scale: Scale) -> Recipe:
     """Smaller batches at first (McCandlish et al., arXiv 1812.06162)."""
     return recipe.with_ramp(Ramp("rows", ((0.15, 0.25), (0.4, 0.5))))
+
+
+def few_bits(recipe: Recipe, scale: Scale) -> Recipe:
+    """Products of kernels on operands of half the bits, with sums and all else as they were.
+
+    Bfloat16 for float32, in the head as well; float8 for bfloat16, in the blocks and but for the
+    kernels' own gradients (Micikevicius et al., arXiv 2209.05433).
+    """
+    products = LowPrecision("e4m3", "e5m2", "float")
+    if recipe.model.dtype == "float32":
+        head = () if recipe.model.tied_head else ("head/kernel",)
+        rules = ("blocks/.*/kernel", *head)
+        products = LowPrecision("bfloat16", "bfloat16", "bfloat16", rules=rules)
+    return recipe.with_more(methods=(*recipe.more.get("methods", ()), products))
 
 
 def vocabulary(recipe: Recipe, scale: Scale) -> Recipe:

@@ -175,16 +175,16 @@ class Rewire:
 
 @dataclass(frozen=True)
 class LowPrecision:
-    """Takes the products of kernels in 8 bits, forward and where wanted backward.
+    """Takes the products of kernels in 8 or 16 bits, forward and where wanted backward.
 
     Parameters stay what they are, evaluation and what is opened later computes in float.
 
     Attributes:
-      forward: of the outputs: "int8", "e4m3", "e5m2" or "float".
+      forward: of the outputs: "bfloat16", "int8", "e4m3", "e5m2" or "float".
       input_gradient: of the gradient that goes on to the layer before.
       weight_gradient: of the kernel's own gradient.
       rounding: of gradients, "stochastic" is right on average.
-      rules: regexes of the kernels; a head suffers, and embeddings take no product.
+      rules: regexes of the kernels; a head suffers from 8 bits, and embeddings take no product.
     """
 
     name: ClassVar[str] = "low_precision"
