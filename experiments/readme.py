@@ -17,6 +17,7 @@ from pathlib import Path
 from experiments.bench.clock import spread
 from experiments.bench.gpu_forms import DATASHEET
 from experiments.headlines import bench, speedrun
+from experiments.headlines_transfer import transfer
 from experiments.ladder.scales import CPU
 from experiments.parameter_server import seconds_to
 from experiments.scale.compression import sizes
@@ -120,6 +121,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-machine": demo_machine,
     "speedrun": lambda: speedrun(RESULTS / "speedrun-cpu.json", CPU),
     "bench": lambda: bench(RESULTS / "bench-cpu.json"),
+    "transfer": lambda: transfer(RESULTS / "transfer-cpu.json"),
 }
 PHRASES: dict[str, Callable[[], str]] = {
     "loop": loop,

@@ -153,6 +153,11 @@ def times_of(results: Results) -> dict[int, Times]:
     return found
 
 
+def times_sooner(results: Results) -> list[float]:
+    """Returns how many times sooner the transferred model is there, by seed; nan for never."""
+    return [times.scratch / times.transfer for times in times_of(results).values()]
+
+
 def ratio_text(above: float, below: float) -> str:
     """Returns how many times sooner, "<1" where the second is never there.
 

@@ -189,6 +189,16 @@ def _transfer(results: Results, measured: Mapping[str, Any] | None) -> list[str]
     return lines
 
 
+def times_sooner(results: Results) -> list[float]:
+    """Returns how many times sooner full fine-tuning is where scratch ends, by seed; nan for never.
+
+    Empty while steps have not been timed.
+    """
+    measured = next(iter(results.by_name.get(COSTS, {}).values()), None)
+    seeds = results.shared(SCRATCH, FULL) if measured is not None else []
+    return [_ratio(results, measured or {}, seed, 0.0) for seed in seeds]
+
+
 def _ratio(results: Results, measured: Mapping[str, Any], seed: int, more: float) -> float:
     """Seconds from scratch over those of full fine-tuning; nan where that misses the target."""
     scratch, full = (

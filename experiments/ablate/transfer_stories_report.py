@@ -165,6 +165,15 @@ def render_growth(results: Results) -> list[str]:
     return lines
 
 
+def times_sooner(results: Results) -> list[float]:
+    """Returns how many times sooner the grown model is where scratch ends, by seed; nan for never.
+
+    Empty while steps have not been timed.
+    """
+    seeds = results.shared(SCRATCH, GROWN) if _one(results, COSTS) is not None else []
+    return [_seconds(results, SCRATCH, n) / _seconds(results, GROWN, n) for n in seeds]
+
+
 def _steps(results: Results, way: str, seed: int) -> float:
     """Steps to where the run from scratch of that seed ends."""
     target = float(results.by_name[SCRATCH][seed]["curve"][-1][1])
