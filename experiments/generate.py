@@ -25,6 +25,8 @@ class Generate:
     Attributes:
       run: folder of the run.
       prompt: text to continue; empty starts a new document.
+      opening: what the prompt is the start of: "text" anywhere, or a new "document", before which
+        stands what ends one in the data. Models of llama2.c have seen no other.
       step: checkpoint, the newest by default.
       max_new_tokens: at most so many; less where the model's positions end.
       temperature: 0 for greedy.
@@ -39,6 +41,7 @@ class Generate:
 
     run: Path
     prompt: str = ""
+    opening: Literal["text", "document"] = "text"
     step: int | None = None
     max_new_tokens: int = 100
     temperature: float = 0.8
@@ -59,7 +62,9 @@ def main() -> None:
         raise ValueError(f"samples is {command.samples}; it must be at least 1")
     use_compilation_cache()
     run = adapted_run(command.run, command.step, command.adapters)
-    ids = run.tokenizer.encode(command.prompt).tolist() or [run.tokenizer.end_of_document]
+    ids = run.tokenizer.encode(command.prompt).tolist()
+    if command.opening == "document" or not ids:
+        ids = [run.tokenizer.end_of_document, *ids]
     positions = run.model.config.max_length
     if len(ids) >= positions:
         raise ValueError(

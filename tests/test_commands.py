@@ -109,6 +109,22 @@ def test_generation_ends_where_the_positions_do(call, folder, monkeypatch):
         call(generate, prompt="a" * 32)
 
 
+def test_a_prompt_opens_a_document_where_asked(call, folder, monkeypatch):
+    seen = []
+
+    def spy(model, params, prompts, **more):
+        seen.append(prompts)
+        return inner(model, params, prompts, **more)
+
+    inner = generate.generate
+    monkeypatch.setattr(generate, "generate", spy)
+    end = open_run(folder).tokenizer.end_of_document
+    for opening in ("text", "document"):
+        call(generate, prompt="ab", opening=opening, **{"max-new-tokens": 1})
+    call(generate, opening="document", **{"max-new-tokens": 1})
+    assert seen == [[[97, 98]], [[end, 97, 98]], [[end]]]
+
+
 def biased(monkeypatch, letter):
     """Opens the run with a head that always gives one letter, or for None the end of document."""
 
