@@ -6,18 +6,22 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.ablate import (
-    transfer_squad,
-    transfer_squad_report,
-    transfer_sst2,
-    transfer_sst2_report,
-    transfer_stories,
-    transfer_stories_report,
-)
+from experiments.ablate import transfer_squad_report, transfer_sst2_report, transfer_stories_report
+from experiments.ablate.transfer_multi30k import SEARCHES
+from experiments.ablate.transfer_squad import FLOOR, TRANSFER
+from experiments.ablate.transfer_squad import SCRATCH as SQUAD_SCRATCH
+from experiments.ablate.transfer_sst2 import FULL, FULL_GRAMS, GRAMS
+from experiments.ablate.transfer_sst2 import SCRATCH as SST2_SCRATCH
+from experiments.ablate.transfer_stories import GROWN
+from experiments.ablate.transfer_stories import SCRATCH as STORIES_SCRATCH
+from experiments.tables.margins import margin
 from experiments.tables.markdown import grid, spread
 from experiments.tables.report import read
 from experiments.tables.table import Results
 from train.tasks.task import TEST
+
+FOREIGN = "not known"  # what somebody else's model took
+BEAMS = "4 beams"
 
 
 def transfer(path: Path) -> str:
@@ -29,26 +33,25 @@ def transfer(path: Path) -> str:
     if not path.exists():
         return ""
     gathered = read(path)
-    makers = {
-        "sst2": _sst2,
-        "squad": _squad,
-        "multi30k": _multi30k,
-        "stories-growth": _growth,
-    }
-    rows = [row for name, make in makers.items() if (row := make(gathered.results(name)))]
+    makers = {"sst2": _sst2, "squad": _squad, "stories-growth": _growth}
+    rows = [row for name, make in makers.items() for row in make(gathered.results(name))]
     if not rows:
         return ""
-    names = ["task", "figure", "from scratch", "from a start", "times sooner where scratch ends"]
+    names = ["task", "figure", "from scratch", "from a start", "difference, in standard errors"]
+    names += ["times sooner at scratch's last validation score", "with the start's own time"]
+    missed = any("<1" in cell for row in rows for cell in row)
     return "\n".join(
         [
-            "Small models on the published data, means over seeds ± standard deviations; `<1` is a "
-            "seed that never gets there. What the start itself took is not in the times, and "
-            "stands in the tables.",
+            "Small models, means over the seeds that both have ± standard deviations; up to four "
+            "seeds are an exploration and no claim."
+            + (" `<1` is a seed that never gets there." if missed else ""),
             "",
-            *grid(names, rows, "llrrr"),
+            *grid(names, rows, "llrrrrr"),
             "",
-            f"`python -m experiments.ablate transfer`: all ways to tune, costs and differences in "
-            f"standard errors in [{path.stem}.md](experiments/results/{path.stem}.md).",
+            *_translation(gathered.results("multi30k")),
+            "`python -m experiments.ablate transfer --sst2 FOLDER --shakespeare FILE --stories "
+            "FOLDER --squad FILE --multi30k FOLDER`: all ways to tune, and what each costs, in "
+            f"[{path.stem}.md](experiments/results/{path.stem}.md).",
         ]
     )
 
@@ -59,66 +62,70 @@ def sooner(ratios: Sequence[float]) -> str:
     >>> sooner([2.0, 4.0]), sooner([2.0, math.nan]), sooner([])
     ('3.0 ± 1.4', '<1, 2.0', '')
     """
-    if not any(map(math.isnan, ratios)):
-        return spread(ratios, 1) if ratios else ""
-    return ", ".join(
-        "<1" if math.isnan(r) else f"{r:.1f}" for r in sorted(ratios, key=_never_first)
+    there = sorted(ratio for ratio in ratios if not math.isnan(ratio))
+    if len(there) == len(ratios):
+        return spread(ratios, 1 if all(ratio >= 1 for ratio in ratios) else 2)
+    return ", ".join(["<1"] * (len(ratios) - len(there)) + [f"{ratio:.1f}" for ratio in there])
+
+
+def _row(
+    task: str, figure: str, scratch: list[float], start: list[float], digits: int
+) -> list[str]:
+    found = margin(start, scratch)
+    said = f"{found.difference:+.{digits}f}, {found.text}"
+    if len(start) > 1:
+        said += f"; {len(start)} seeds"
+    return [task, figure, spread(scratch, digits), spread(start, digits), said]
+
+
+def _sst2(results: Results) -> list[list[str]]:
+    rows = []
+    for what, scratch, start in (("", SST2_SCRATCH, FULL), (", with n-grams", GRAMS, FULL_GRAMS)):
+        if not (seeds := results.shared(scratch, start)):
+            continue
+        scores = (
+            [100 * results.by_name[way][seed]["test"]["accuracy"] for seed in seeds]
+            for way in (scratch, start)
+        )
+        times = transfer_sst2_report.times_sooner(results) if start == FULL else ([], [])
+        row = _row(f"SST-2: sentiment{what}", "accuracy, %", *scores, 1)
+        rows.append([*row, *map(sooner, times)])
+    return rows
+
+
+def _squad(results: Results) -> list[list[str]]:
+    ways = SQUAD_SCRATCH, TRANSFER
+    if not (seeds := results.shared(*ways)):
+        return []
+    scores = ([results.by_name[way][seed][TEST]["f1"] for seed in seeds] for way in ways)
+    floor = [v["f1"] for seed, v in results.by_name.get(FLOOR, {}).items() if seed in seeds]
+    figure = f"F1 (a sliding window: {spread(floor, 1)})" if floor else "F1"
+    times = transfer_squad_report.times_sooner(results)
+    row = _row("SQuAD's development set, by article", figure, *scores, 1)
+    return [[*row, *map(sooner, times)]]
+
+
+def _growth(results: Results) -> list[list[str]]:
+    ways = STORIES_SCRATCH, GROWN
+    if not (seeds := results.shared(*ways)):
+        return []
+    ends = (transfer_stories_report.losses(results, way, "plays", "token", seeds) for way in ways)
+    row = _row("plays, by a model of stories grown to twice its depth", "nats a token", *ends, 3)
+    return [[*row, sooner(transfer_stories_report.times_sooner(results)), FOREIGN]]
+
+
+def _translation(results: Results) -> list[str]:
+    """A paragraph on Multi30k, which starts from nothing."""
+    assert BEAMS in SEARCHES
+    greedy, beams = (
+        [v["bleu"] for v in results.by_name.get(search, {}).values()]
+        for search in ("greedy", BEAMS)
     )
-
-
-def _never_first(ratio: float) -> float:
-    return -math.inf if math.isnan(ratio) else ratio
-
-
-def _sst2(results: Results) -> list[str]:
-    def accuracy(way: str) -> str:
-        values = results.by_name.get(way, {}).values()
-        return spread([100 * value["test"]["accuracy"] for value in values], 1)
-
-    if not results.shared(transfer_sst2.SCRATCH, transfer_sst2.FULL):
-        return []
-    scratch, grams = accuracy(transfer_sst2.SCRATCH), accuracy(transfer_sst2.GRAMS)
-    return [
-        "SST-2: sentiment",
-        "accuracy, %",
-        f"{scratch}; with n-grams {grams}" if grams else scratch,
-        accuracy(transfer_sst2.FULL),
-        sooner(transfer_sst2_report.times_sooner(results)),
-    ]
-
-
-def _squad(results: Results) -> list[str]:
-    def f1(way: str) -> str:
-        return spread([value[TEST]["f1"] for value in results.by_name[way].values()], 1)
-
-    ways = transfer_squad.SCRATCH, transfer_squad.TRANSFER
-    if not results.shared(*ways):
-        return []
-    floor = [value["f1"] for value in results.by_name.get(transfer_squad.FLOOR, {}).values()]
-    said = f"F1 (sliding window: {spread(floor, 1)})" if floor else "F1"
-    ratios = transfer_squad_report.times_sooner(results)
-    return ["SQuAD: answers in paragraphs", said, *map(f1, ways), sooner(ratios)]
-
-
-def _multi30k(results: Results) -> list[str]:
-    def bleu(search: str) -> str:
-        return spread([v["bleu"] for v in results.by_name.get(search, {}).values()], 1)
-
-    greedy, beams = bleu("greedy"), bleu("4 beams")  # of `transfer_multi30k.SEARCHES`
     if not greedy:
         return []
-    said = f"{greedy} greedy" + (f", {beams} with 4 beams" if beams else "")
-    return ["Multi30k: English to German", "BLEU, test 2016", said, "", ""]
-
-
-def _growth(results: Results) -> list[str]:
-    ways = transfer_stories.SCRATCH, transfer_stories.GROWN
-    seeds = results.shared(*ways)
-    if not seeds:
-        return []
-    ends = [
-        spread(transfer_stories_report.losses(results, way, "plays", "token", seeds))
-        for way in ways
+    said = f", {spread(beams, 1)} with {BEAMS}" if beams else ""
+    return [
+        f"Multi30k, English to German from scratch: BLEU {spread(greedy, 1)} on test 2016 with "
+        f"greedy search{said} ({len(greedy)} seeds).",
+        "",
     ]
-    ratios = transfer_stories_report.times_sooner(results)
-    return ["a model of stories, grown, learns plays", "nats a token", *ends, sooner(ratios)]

@@ -153,9 +153,14 @@ def times_of(results: Results) -> dict[int, Times]:
     return found
 
 
-def times_sooner(results: Results) -> list[float]:
-    """Returns how many times sooner the transferred model is there, by seed; nan for never."""
-    return [times.scratch / times.transfer for times in times_of(results).values()]
+def times_sooner(results: Results) -> tuple[list[float], list[float]]:
+    """Returns how many times sooner the transferred model is there, by seed; nan for never.
+
+    Without what the language model took, and with it.
+    """
+    found = list(times_of(results).values())
+    alone = [times.scratch / times.transfer for times in found]
+    return alone, [times.scratch / (times.transfer + times.language) for times in found]
 
 
 def ratio_text(above: float, below: float) -> str:

@@ -189,14 +189,18 @@ def _transfer(results: Results, measured: Mapping[str, Any] | None) -> list[str]
     return lines
 
 
-def times_sooner(results: Results) -> list[float]:
+def times_sooner(results: Results) -> tuple[list[float], list[float]]:
     """Returns how many times sooner full fine-tuning is where scratch ends, by seed; nan for never.
 
-    Empty while steps have not been timed.
+    Without what the language model took, and with it. Empty while steps have not been timed.
     """
     measured = next(iter(results.by_name.get(COSTS, {}).values()), None)
-    seeds = results.shared(SCRATCH, FULL) if measured is not None else []
-    return [_ratio(results, measured or {}, seed, 0.0) for seed in seeds]
+    seeds = results.shared(SCRATCH, FULL)
+    if measured is None:
+        return [], []
+    before = sst2.LANGUAGE_STEPS * measured[LANGUAGE]["seconds"]
+    alone, whole = ([_ratio(results, measured, n, more) for n in seeds] for more in (0.0, before))
+    return alone, whole
 
 
 def _ratio(results: Results, measured: Mapping[str, Any], seed: int, more: float) -> float:
