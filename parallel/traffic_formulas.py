@@ -348,6 +348,8 @@ def explain(found: Sequence[Collective], formulas: Sequence[Expected]) -> list[R
     asked: Counter[tuple[str, tuple[str, ...], int]] = Counter()
     why: dict[tuple[str, tuple[str, ...], int], list[str]] = {}
     for formula in formulas:
+        if formula.bytes <= NUMBER:  # of a row or two: among the single numbers
+            continue
         key = (formula.kind, formula.axes, formula.bytes)
         asked[key] += formula.times
         why.setdefault(key, []).append(formula.why)

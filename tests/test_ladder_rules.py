@@ -135,7 +135,7 @@ def test_a_row_that_was_not_timed_where_others_were_has_no_seconds(tmp_path):
     assert cells_of(text, "rate", "#### To torch-tuned\n")[1]
     put_speeds(site, {"muon": 0.5})
     text = "\n".join(render(site, path))
-    assert "A row without seconds has not been timed." in text
+    assert "A row without seconds has not been timed on that machine" in text
     assert cells_of(text, "muon", "#### To torch-tuned\n")[1].endswith("x")
     whole, p, compiled, cold, tokens = cells_of(text, "rate", "#### To torch-tuned\n")[1:]
     assert (whole, p, compiled, cold) == ("", "", "", "")

@@ -32,22 +32,26 @@ def test_the_form_for_cpu_has_the_values_and_gradients_of_the_plain_one(strict, 
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_bfloat16_is_rounded_once(strict, platform):
+def test_types_of_16_bits_are_rounded_once(strict, platform, dtype):
     """Outputs and gradients of either form: rounded sums of the operands as they are."""
-    x, w, g = (a.astype(jnp.bfloat16) for a in (X, W, jnp.cos(X @ W)))
+    x, w, g = (a.astype(dtype) for a in (X, W, jnp.cos(X @ W)))
     y, back = jax.vjp(lambda x, w: linear(x, w, platform), x, w)
     dx, dw = back(g)
     x, w, g = (np.asarray(a, np.float64) for a in (x, w, g))
     want = (x @ w, g @ w.T, np.einsum("bti,bto->io", x, g))
     for got, exact in zip((y, dx, dw), want, strict=True):
-        assert got.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2**-8, atol=1e-5)
+        assert got.dtype == dtype
+        rtol = float(jnp.finfo(dtype).eps) / 2
+        np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=rtol, atol=1e-5)
 
 
 def test_a_kernel_in_another_type_gets_its_gradient_in_that_type(strict):
     grad = jax.grad(lambda w: linear(X, w, "cpu").sum())(W.astype(jnp.bfloat16))
     assert grad.dtype == jnp.bfloat16
+    grad = jax.grad(lambda w: linear(X.astype(jnp.bfloat16), w, "cpu").sum())(W)
+    assert grad.dtype == jnp.float32
 
 
 def test_real_is_the_identity_and_stays_in_the_compiled_program():

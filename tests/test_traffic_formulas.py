@@ -111,6 +111,12 @@ def test_what_no_formula_asks_for_is_unexplained():
     assert "UNEXPLAINED" in explained_table(rows)
 
 
+def test_what_is_sent_of_a_row_or_two_is_among_the_single_numbers():
+    found = [Collective("collective-permute", 1, 8, ("tensor",), 8, True, "", (8,))]
+    formula = Expected("collective-permute", ("tensor",), 1, 8, "the token before")
+    assert not unexplained(explain(found, [formula]))
+
+
 def test_the_textbook_sends_what_the_papers_say():
     """ZeRO-3 sends 1.5 times what data parallelism does; scattered sums send what plain ones do."""
 

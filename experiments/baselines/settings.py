@@ -34,8 +34,8 @@ class TorchBaseline:
       settings: of one phase; model of GPT-2's layout, optimizer Adam or AdamW.
       mode: "compile" puts the loss through `torch.compile`, "eager" does not.
       device: "cpu" or "cuda".
-      precision: of the products; "bfloat16" is autocast, parameters stay float32. On a CPU without
-        its instructions it is slower.
+      precision: of the products; "bfloat16" is autocast, parameters stay float32. On a CPU it
+        may be slower, even on one with its instructions (experiments/results/speedrun-cpu.md).
       initial: who draws the initial weights: "huggingface" its own `_init_weights`, "ours" those
         that our run of these settings starts from.
       keep: "weights" leaves the last ones in `model/` of the run, for `experiments.convert` and so

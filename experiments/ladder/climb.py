@@ -41,7 +41,11 @@ BASELINES = {
 """What everything compares with; the losses of the first two are the targets."""
 
 LEARNS_AS = {TORCH_COMPILED: TORCH_TUNED, TORCH_BFLOAT16: TORCH_TUNED}
-"""Baselines that are the recipe of another one in another program, and take its lengths over."""
+"""Baselines that are the recipe of another one in another program, and take its lengths over.
+
+They are given the target: a seed that ends a little above it, as rounding may have it, counts with
+all of its run.
+"""
 
 HEADLINES = ("jax", "rate", "muon", "for-hf", "for-gguf")
 """Rungs that also look for the length that suits the first baseline's loss, besides the highest

@@ -43,7 +43,8 @@ def _losses(axes: Any, site: Site, names: list[str], target: float) -> None:
 
     kept = {rung.name for rung in RUNGS if rung.kept}
     shown = [name for name in names if name in BASELINES or name in kept]
-    colours = colormaps["viridis"].resampled(max(len(shown) - len(BASELINES), 1))
+    coloured = sum(name not in BASELINES for name in shown)
+    colours = colormaps["viridis"].resampled(max(coloured, 1))
     number = 0
     for name in shown:
         points = _shown_run(site, name, target)

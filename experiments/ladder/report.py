@@ -32,7 +32,7 @@ from experiments.ladder.rows import (
     ratio_in_turn,
     row_of,
 )
-from experiments.ladder.rungs import formats_of, rung_named
+from experiments.ladder.rungs import RUNGS, formats_of, rung_named
 from experiments.ladder.side_by_side import processors, speed_of, timed
 from experiments.tables.markdown import grid
 
@@ -233,7 +233,9 @@ def _ranges(site: Site) -> list[str]:
 def _steps(site: Site) -> list[str]:
     """Pace of every row on each processor that has timed some, and what follows from it."""
     target, where = mean_end(site, TORCH_TUNED), processors(site)
-    rows = {name: row_of(site, name, target, TORCH_TUNED) for name in names_of(site)}
+    # Those without runs as well: what is slower than another program is not to be passed over.
+    names = [*baselines_of(site.scale), *(rung.name for rung in RUNGS)]
+    rows = {name: row_of(site, name, target, TORCH_TUNED) for name in names}
     body = []
     for name, row in rows.items():
         cells = []

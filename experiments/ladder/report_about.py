@@ -67,7 +67,7 @@ def _seconds(site: Site) -> str:
         "the runs that found how many tokens a rung needs may have shared it. Compiling: the first "
         "step of every phase. Cold: from the start of the process, imports and compilation "
         "included, without reading the data, evaluations and checkpoints. A row without seconds "
-        "has not been timed."
+        'has not been timed on that machine; what others have timed stands under "Steps in turn".'
     )
 
 
