@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from experiments.ablate import transfer_squad_report, transfer_sst2_report, transfer_stories_report
@@ -68,9 +68,8 @@ def sooner(ratios: Sequence[float]) -> str:
     return ", ".join(["<1"] * (len(ratios) - len(there)) + [f"{ratio:.1f}" for ratio in there])
 
 
-def _row(
-    task: str, figure: str, scratch: list[float], start: list[float], digits: int
-) -> list[str]:
+def _row(task: str, figure: str, scores: Iterable[list[float]], digits: int) -> list[str]:
+    scratch, start = scores
     found = margin(start, scratch)
     said = f"{found.difference:+.{digits}f}, {found.text}"
     if len(start) > 1:
@@ -88,7 +87,7 @@ def _sst2(results: Results) -> list[list[str]]:
             for way in (scratch, start)
         )
         times = transfer_sst2_report.times_sooner(results) if start == FULL else ([], [])
-        row = _row(f"SST-2: sentiment{what}", "accuracy, %", *scores, 1)
+        row = _row(f"SST-2: sentiment{what}", "accuracy, %", scores, 1)
         rows.append([*row, *map(sooner, times)])
     return rows
 
@@ -101,7 +100,7 @@ def _squad(results: Results) -> list[list[str]]:
     floor = [v["f1"] for seed, v in results.by_name.get(FLOOR, {}).items() if seed in seeds]
     figure = f"F1 (a sliding window: {spread(floor, 1)})" if floor else "F1"
     times = transfer_squad_report.times_sooner(results)
-    row = _row("SQuAD's development set, by article", figure, *scores, 1)
+    row = _row("SQuAD's development set, by article", figure, scores, 1)
     return [[*row, *map(sooner, times)]]
 
 
@@ -110,7 +109,7 @@ def _growth(results: Results) -> list[list[str]]:
     if not (seeds := results.shared(*ways)):
         return []
     ends = (transfer_stories_report.losses(results, way, "plays", "token", seeds) for way in ways)
-    row = _row("plays, by a model of stories grown to twice its depth", "nats a token", *ends, 3)
+    row = _row("plays, by a model of stories grown to twice its depth", "nats a token", ends, 3)
     return [[*row, sooner(transfer_stories_report.times_sooner(results)), FOREIGN]]
 
 
