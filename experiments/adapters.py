@@ -49,6 +49,7 @@ from experiments.runs.assemble import (
     read_frozen,
 )
 from experiments.runs.run import Run, averaged_weights, config_for, open_run, phase_at
+from model.extras import from_extra
 from model.heads import heads_of, without_heads
 from model.safetensors_files import write_safetensors
 from parallel.vocabulary import pad_vocabulary, strip_vocabulary
@@ -138,9 +139,8 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
       ValueError: no adapter, one of another version, or a damaged one.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    safetensors = from_extra("safetensors", "hf")
+    load_file = from_extra("safetensors.numpy", "hf").load_file
     if not (folder / SPEC).is_file() or not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} is no adapter: it lacks {SPEC} or {WEIGHTS}")
     spec = read_json(folder / SPEC)
@@ -148,7 +148,7 @@ def load_adapter(folder: Path) -> Adapter:
         raise ValueError(f"{folder} is of version {spec.get('version')}; this reads {VERSION}")
     try:
         arrays = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); put it back") from error
     params: PyTree = {}
     for path, array in arrays.items():

@@ -159,7 +159,7 @@ def named_pairs(what: str, words: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Returns the words of a flag that takes NAME=VALUE as pairs.
 
     Args:
-      what: the flag, "data" or "columns".
+      what: the flag, "data", "columns" or "rename".
       words: that follow it.
 
     Raises:
@@ -179,7 +179,11 @@ def named_pairs(what: str, words: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-_LIKE = {"data": "train=train.tsv valid=dev.tsv", "columns": "text=sentence"}
+_LIKE = {
+    "data": "train=train.tsv valid=dev.tsv",
+    "columns": "text=sentence",
+    "rename": "0=NEGATIVE 1=POSITIVE",
+}
 
 
 def _sentence(error: Exception) -> str:

@@ -4,11 +4,14 @@
         --calibration text.txt --out runs/small
 
 Prints the report, before and after (`experiments.compression_report`). What comes out is a run:
-`experiments.generate`, `experiments.evaluate` and `experiments.export` open it. What is lost may be
-trained back, the larger model teaching:
+`experiments.generate`, `experiments.evaluate` and `experiments.export` open it. What pruning or a
+low rank has lost may be trained back, the larger model teaching; beside quantized weights, which do
+not train, adapters do:
 
-    python -m experiments.pretrain --from-run runs/small --method distil \\
+    python -m experiments.pretrain --from runs/pruned --data FILE --method distil \\
         --distil.teacher runs/first --out runs/recovered
+    python -m experiments.pretrain --from runs/first --data FILE --method lora \\
+        --lora.base-run runs/small --out runs/adapted
 """
 
 from __future__ import annotations
@@ -168,7 +171,7 @@ def run_command(command: Compress) -> list[str]:
 
 def _compress_to(command: Compress, run: Run, name: str) -> list[str]:
     if command.calibration is None and not run.settings.data:
-        raise ValueError(f"{name} was not trained here and has no data; give --calibration")
+        raise ValueError(f"{name} has no running text of its own; give --calibration")
     plain = dataclasses.replace(run, params=merged(run.params))
     check_plain(plain)  # before any text is read
     source = command.calibration or parse_mixture(run.settings.data)[0][0]

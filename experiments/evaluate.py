@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
-from experiments.runs.run import open_run, phase_at
+from experiments.runs.run import check_continues, open_run, phase_at
 from train.corpus import Split, build_corpus
 from train.data import evaluation_batches
 from train.evaluate import evaluate
@@ -69,8 +69,9 @@ def main() -> None:
     command = tyro.cli(Evaluate, description=__doc__)
     use_compilation_cache()
     run = open_run(command.run, command.step)
+    check_continues(run)
     if command.data is None and not run.settings.data:
-        raise ValueError(f"{command.run} was not trained here and has no data; give --data")
+        raise ValueError(f"{command.run} has no running text of its own; give --data")
     phase = run.settings.phases[phase_at(run.settings, run.step)[0]]
     length, stride = protocol_of(command.protocol, phase.sequence_length)
     model = run.model.config

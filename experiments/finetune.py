@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from experiments.cli import named_pairs, parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.methods.table import METHODS, check_task
@@ -41,10 +39,8 @@ from experiments.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
 from experiments.task_report import describe_report, report_task
 from experiments.tasks.labels import as_its_head_reads
 from experiments.tasks.table import TASKS
-from model.config import TransformerConfig
-from model.encoder_decoder import EncoderDecoderConfig
+from model.config import EncoderDecoderConfig, TransformerConfig
 from model.presets import PRESETS, modern_mini
-from parallel.agreement import is_main
 from train.loop import LoopSettings
 from train.optimizers import OPTIMIZERS
 from train.optimizers.settings import OptimizerSettings
@@ -235,10 +231,9 @@ def main() -> int:
     begun = time.perf_counter()
     outcome = execute(settings, command.out, execution)
     seconds = time.perf_counter() - begun
-    if is_main():
-        parts = "  ".join(f"{name} {spent:.1f} s" for name, spent in outcome.seconds.items())
-        step = int(outcome.state.step)
-        print(f"{outcome.reason} at step {step} after {seconds:.1f} s  (the whole run: {parts})")
+    parts = "  ".join(f"{name} {spent:.1f} s" for name, spent in outcome.seconds.items())
+    step = int(outcome.state.step)
+    print(f"{outcome.reason} at step {step} after {seconds:.1f} s  (the whole run: {parts})")
     if outcome.reason == "signal":
         assert outcome.signal is not None
         name = signal.Signals(outcome.signal).name
@@ -246,12 +241,8 @@ def main() -> int:
         return 128 + outcome.signal
     if outcome.reason == "nonfinite":
         return 3
-    if jax.process_count() > 1:
-        if is_main():
-            print("the test split, answers and forgetting: give the same command to one process")
-    else:
-        figures = report_task(command.out, command.forgetting)
-        print("\n".join(describe_report(command.out, settings, figures)))
+    figures = report_task(command.out, command.forgetting)
+    print("\n".join(describe_report(command.out, settings, figures)))
     return 0
 
 

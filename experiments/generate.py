@@ -15,6 +15,7 @@ from compress.quantization.kv_cache import CACHES
 from experiments.adapters import adapted_run
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
+from experiments.runs.run import check_continues
 from model.generate import Sampling, generate
 
 
@@ -62,6 +63,7 @@ def main() -> None:
         raise ValueError(f"samples is {command.samples}; it must be at least 1")
     use_compilation_cache()
     run = adapted_run(command.run, command.step, command.adapters)
+    check_continues(run)
     ids = run.tokenizer.encode(command.prompt).tolist()
     if command.opening == "document" or not ids:
         ids = [run.tokenizer.end_of_document, *ids]

@@ -172,7 +172,7 @@ def harness_model(run: Run, *, batch_size: int = 8) -> Any:
         from lm_eval.api.model import TemplateLM
     except ImportError:
         raise ImportError(
-            "tasks of lm-evaluation-harness need it: pip install 'accelerando[eval]'"
+            "tasks of lm-evaluation-harness need it: pip install -e '.[eval]'"
         ) from None
     length_of(run)
 

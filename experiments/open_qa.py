@@ -197,7 +197,10 @@ def _questions(command: OpenQa, run: Run, everything: list[Question]) -> list[Qu
     if not splits:
         return everything
     if command.split not in splits:
-        raise ValueError(f"{command.data} is {', '.join(splits)} to the run, not {command.split}")
+        raise ValueError(
+            f"{command.data} is {', '.join(splits)} to the run, not {command.split}; give --split "
+            f"{splits[0]}"
+        )
     here = tuple(
         (split, str(command.data) if split in splits else path) for split, path in task.files.paths
     )

@@ -35,6 +35,7 @@ from experiments.cli import run_main
 from experiments.json_files import read_json, write_json
 from experiments.machine import machine
 from experiments.parameter_server_task import Task, TaskSettings, make_gradient, make_task
+from model.extras import from_extra
 from parallel.parameter_server_ray import Done, RemoteShard, Workers, audit, start_shards
 from parallel.parameter_server_shard import work
 
@@ -172,8 +173,7 @@ def ray_running() -> Iterator[None]:
       ImportError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
+    ray = from_extra("ray", "ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         yield

@@ -27,8 +27,8 @@ from experiments.tasks.table import REPORTS
 from train.records import plain
 from train.tasks.classification import Classification
 from train.tasks.regression import Regression
-from train.tasks.rows import RowFormat, said_of
-from train.tasks.rowwise import template_for, unlabelled_rows
+from train.tasks.rows import LackingColumns, RowFormat, said_of
+from train.tasks.rowwise import LABEL, template_for, unlabelled_rows
 from train.tasks.task import TEST, TaskFiles
 
 MULTIPLE = 8  # of the length of rows
@@ -93,7 +93,12 @@ def _predict(command: Predict, run: Run) -> list[str]:
     if command.unlabelled:
         rows, bad = unlabelled_rows(task, command.data)
     else:
-        rows, bad = task.rows(TEST)
+        try:
+            rows, bad = task.rows(TEST)
+        except LackingColumns as error:
+            if error.columns != (task.files.form.column(LABEL),):
+                raise
+            raise ValueError(f"{error}. For rows without labels give --unlabelled") from None
     # No longer than the rows need: those of a folder from elsewhere are as long as its model goes.
     whole = run.settings.phases[-1].sequence_length
     length = MULTIPLE
@@ -128,6 +133,8 @@ def _task(command: Predict, run: Run) -> Any:
         )
     # Of a file whose columns are not named by hand, as those that the run was trained on.
     own = () if command.column_names else task.files.form.columns
+    if command.unlabelled:
+        own = tuple((name, column) for name, column in own if name != LABEL)
     form = RowFormat(
         named_pairs("columns", command.columns) or own,
         command.separator,

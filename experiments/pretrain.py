@@ -82,7 +82,7 @@ class Pretrain:
       tensorboard: write TensorBoard logs as well.
       wandb: log to Weights & Biases as well.
       mesh: devices by axis (data, pipeline, fsdp, context, tensor), as in data=2,tensor=4; -1 for
-        all that are left. By default one device.
+        all that are left. By default one device, or with several processes all.
       strategies: "zero1" divides optimizer state over data, "sequence" time over tensor.
       pipeline_micro_batches: parts in which rows pass the axis pipeline; by default its size.
       pipeline_rounds: times that each part passes it: 1 for GPipe, more for shorter stages.

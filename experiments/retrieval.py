@@ -101,7 +101,7 @@ def build_index(passages: Sequence[str], *, k1: float = 1.5, b: float = 0.75) ->
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG
     except ImportError as error:
         raise ImportError(
-            "retrieval needs the library bm25s: pip install 'accelerando[retrieval]'"
+            "retrieval needs the library bm25s: pip install -e '.[retrieval]'"
         ) from error
     words = _tokens(passages)
     if not any(words):

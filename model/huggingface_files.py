@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from model.extras import from_extra
 from model.safetensors_files import write_safetensors
 
 CONFIG = "config.json"
@@ -48,13 +49,12 @@ def open_tensors(directory: Path, stack: ExitStack) -> dict[str, Stored]:
     Raises:
       ValueError: if a file is missing, damaged, not what the index says, or all are pickled.
     """
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = from_extra("safetensors", "hf")
     stored: dict[str, Stored] = {}
     for path, promised in _weight_files(directory).items():
         try:
-            file = stack.enter_context(safe_open(path, framework="np"))
-        except SafetensorError as error:
+            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+        except safetensors.SafetensorError as error:
             raise ValueError(
                 f"{path} is not an intact safetensors file ({error}); fetch or copy it again"
             ) from error

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model.extras import from_extra
+
 
 def write_safetensors(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
@@ -25,8 +27,7 @@ def write_safetensors(
     ...     )
     True
     """
-    from safetensors.numpy import save_file
-
+    save_file = from_extra("safetensors.numpy", "hf").save_file
     path.touch()
     mode = path.stat().st_mode & 0o777
     save_file(dict(arrays), path, metadata=metadata)

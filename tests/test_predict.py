@@ -78,6 +78,27 @@ def test_predictions_are_those_of_the_report(run, files, tmp_path):  # noqa: F81
     assert not any("accuracy" in line for line in said)
 
 
+def test_rows_without_labels_for_a_run_whose_columns_were_named(files, tmp_path):  # noqa: F811
+    """Its label has a name of its own, which a file without labels does not have."""
+    named = {}
+    for split, path in files.paths:
+        named[split] = tmp_path / f"{split}.tsv"
+        with open(path) as file:
+            named[split].write_text(file.read().replace("text\tlabel", "said\tmood", 1))
+    form = RowFormat((("text", "said"), ("label", "mood")))
+    its_own = TaskFiles(tuple((split, str(path)) for split, path in named.items()), form)
+    execute(settings_for(its_own), tmp_path / "run", QUIET)
+    bare = tmp_path / "bare.csv"
+    bare.write_text("said\n" + "".join(f"{word}\n" for word in ("good", "bad", "ugly")))
+    ask = Predict(str(tmp_path / "run"), bare, tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"has no column 'mood'.*give --unlabelled"):
+        run_command(ask)
+    run_command(dataclasses.replace(ask, unlabelled=True))
+    assert [row["text"] for row in lines(tmp_path / "a.jsonl")] == ["good", "bad", "ugly"]
+    with pytest.raises(ValueError, match="--rename has 'mood'; give NAME=VALUE, as in 0=NEGATIVE"):
+        run_command(dataclasses.replace(ask, rename=("mood",), out=tmp_path / "b.jsonl"))
+
+
 def test_a_folder_of_transformers_says_the_same(files, tmp_path):  # noqa: F811
     """Its rows are the text alone; its labels may have other names than the file's."""
     settings = settings_for(files, task=lambda f, dropout: Classification(f, template="{text}"))

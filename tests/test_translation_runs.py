@@ -14,7 +14,7 @@ from experiments import chat
 from experiments.methods.lora import Lora
 from experiments.runs.execute import execute
 from experiments.runs.execution import Execution
-from experiments.runs.run import open_run
+from experiments.runs.run import check_continues, open_run
 from experiments.task_report import report_task
 from model.build import build_model
 from model.generate import Sampling
@@ -75,6 +75,8 @@ def test_a_run_is_trained_measured_opened_and_talked_to(task, tmp_path):
     assert [(row["source"], row["reference"]) for row in rows] == PAIRS
     opened = open_run(tmp_path / "run", figures["step"])
     assert chat.mode_of(opened, None) == "translation"
+    with pytest.raises(ValueError, match="has an encoder and continues no text"):
+        check_continues(opened)
     talk = chat.open_talk(opened, Sampling(temperature=0), 20)
     found = ["".join(answer) for answer in chat.answers(talk, "translation", ["ab", "ij"])]
     told = {row["source"]: row["translation"] for row in rows}

@@ -150,6 +150,6 @@ def _library() -> Any:
     except ImportError as error:
         raise ImportError(
             "a private run says what it has spent with the library dp-accounting: "
-            "pip install 'accelerando[private]'"
+            "pip install -e '.[private]'"
         ) from error
     return dp_accounting

@@ -115,7 +115,7 @@ def tensorboard_sink(folder: Path) -> Sink:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ImportError("TensorBoard logs need: pip install 'accelerando[log]'") from None
+        raise ImportError("TensorBoard logs need: pip install -e '.[log]'") from None
     writer = SummaryWriter(str(folder))
 
     def write(row: Row) -> None:
@@ -130,7 +130,7 @@ def wandb_sink(folder: Path, settings: dict[str, Any]) -> Sink:
     try:
         import wandb
     except ImportError:
-        raise ImportError("Weights & Biases needs: pip install 'accelerando[wandb]'") from None
+        raise ImportError("Weights & Biases needs: pip install -e '.[wandb]'") from None
     run = wandb.init(dir=str(folder), config=settings, resume="allow", id=folder.name)
 
     return Sink(lambda row: run.log(dict(_numbers(row)), step=row["step"]), run.finish)

@@ -19,6 +19,7 @@ from compress.quantization.formats import FORMATS
 from compress.quantization.qtensor import QTensor
 from compress.quantization.quantize import is_qtensor
 from model.config import TransformerConfig
+from model.extras import from_extra
 from model.rules import leaf_paths
 
 PyTree = Any
@@ -71,8 +72,7 @@ def write_gguf(
       ValueError: `path` exists, the format does not hold the model or a weight, or (a defect) what
         is read back differs.
     """
-    import gguf
-
+    gguf = from_extra("gguf", "gguf")
     arch = architecture_of(config)
     check_params(arch, params)
     if path.exists():

@@ -20,6 +20,7 @@ import numpy as np
 
 from compress.export.stored import abstract_from, describe
 from model.config import TransformerConfig, config_from_dict
+from model.extras import from_extra
 from model.flops import abstract_params
 from model.rules import leaf_paths
 from model.safetensors_files import write_safetensors
@@ -110,15 +111,15 @@ def load_native(folder: Path) -> tuple[TransformerConfig, PyTree]:
     Raises:
       ValueError: no such folder, one of another version, or a file that is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    safetensors = from_extra("safetensors", "hf")
+    load_file = from_extra("safetensors.numpy", "hf").load_file
 
     if not (folder / MODEL).is_file() or not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} holds no {MODEL} and {WEIGHTS}")
     try:
         content = json.loads((folder / MODEL).read_text(encoding="utf-8"))
         stored = load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} is damaged ({error})") from error
     if content.get("version") != VERSION:
         raise ValueError(f"{folder} is of version {content.get('version')}; this reads {VERSION}")

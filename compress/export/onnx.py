@@ -20,6 +20,7 @@ import numpy as np
 from compress.quantization.formats import FORMATS
 from compress.quantization.quantize import is_qtensor
 from model.config import TransformerConfig
+from model.extras import from_extra
 
 PyTree = Any
 
@@ -95,7 +96,7 @@ def write_onnx(path: Path, config: TransformerConfig, params: PyTree) -> None:
       ValueError: `path` exists, the model is not of GPT-2's kind, or the graph passes the 2 GB that
         one file holds.
     """
-    import onnx
+    onnx = from_extra("onnx", "onnx")
     from onnx import TensorProto, helper
 
     if differs := _differences(config):

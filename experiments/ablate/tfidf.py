@@ -33,7 +33,7 @@ def baseline(task: Classification) -> dict[str, Any]:
         from sklearn.pipeline import make_pipeline
     except ImportError:
         raise ImportError(
-            "the linear model needs scikit-learn: pip install 'accelerando[tasks]'"
+            "the linear model needs scikit-learn: pip install -e '.[tasks]'"
         ) from None
     names = columns_of(template_for(task))
 

@@ -193,5 +193,5 @@ def _torch() -> Any:
         import torch
         import transformers  # noqa: F401
     except ImportError:
-        raise ImportError("the torch baseline needs: pip install 'accelerando[baseline]'") from None
+        raise ImportError("the torch baseline needs: pip install -e '.[baseline]'") from None
     return torch

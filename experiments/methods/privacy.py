@@ -59,7 +59,7 @@ class DpSgd:
         if importlib.util.find_spec("dp_accounting") is None:
             raise ImportError(
                 "dp_sgd says what it has spent with the library dp-accounting: "
-                "pip install 'accelerando[private]'"
+                "pip install -e '.[private]'"
             )
         return Plugs(
             gradient=per_example(self.clip, self.noise, setup.micro_batches),

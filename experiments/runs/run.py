@@ -36,7 +36,7 @@ from experiments.runs.assemble import (
 )
 from experiments.tasks.table import TASKS
 from model.build import build_model
-from model.config import TransformerConfig
+from model.config import EncoderDecoderConfig, TransformerConfig
 from model.transformer import Transformer
 from train.checkpoints import Checkpoints, Restored
 from train.optimizers.averaging import average_of
@@ -115,6 +115,15 @@ def open_named(name: str) -> Run:
     return open_run(*parse_parent(name))
 
 
+def check_continues(run: Run) -> None:
+    """Raises ValueError for a run whose model reads a source: it continues no text."""
+    if isinstance(run.model.config, EncoderDecoderConfig):
+        raise ValueError(
+            f"{run.folder} has an encoder and continues no text; experiments.chat writes its "
+            "answers, and what it was measured by stands in its task.json"
+        )
+
+
 def best_step(folder: str | os.PathLike[str]) -> int | None:
     """Returns the step of the best checkpoint of a run, by what it was watched by; None if none is.
 
@@ -153,7 +162,10 @@ def read_settings(folder: Path) -> Settings:
     """Returns the settings of the run in `folder`."""
     path = folder / "settings.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} is no run: it has no settings.json")
+        hint = ""
+        if (folder / "config.json").exists():
+            hint = "; experiments.convert --hf makes one of a Hugging Face folder"
+        raise FileNotFoundError(f"{folder} is no run: it has no settings.json{hint}")
     try:
         return from_json(read_json(path), METHODS, TASKS)
     except (KeyError, TypeError) as error:

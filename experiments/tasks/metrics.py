@@ -135,6 +135,6 @@ def _metrics() -> Any:
         from sklearn import metrics
     except ImportError:
         raise ImportError(
-            "the figures of a task need scikit-learn: pip install 'accelerando[tasks]'"
+            "the figures of a task need scikit-learn: pip install -e '.[tasks]'"
         ) from None
     return metrics

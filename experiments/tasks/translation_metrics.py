@@ -94,6 +94,6 @@ def _metrics() -> tuple[Any, Any]:
     except ImportError:
         raise ImportError(
             "translations are scored by sacrebleu, which is not installed; pip install "
-            "'accelerando[tasks]'"
+            "-e '.[tasks]'"
         ) from None
     return BLEU(), CHRF()

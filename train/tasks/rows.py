@@ -302,9 +302,18 @@ def _named(
         raise _lacks(path, [n for n in map(form.column, wanted) if n not in lacked], lacked)
 
 
-def _lacks(path: Path, lacking: Sequence[str], names: Sequence[str] | Mapping) -> ValueError:
-    return ValueError(
+class LackingColumns(ValueError):
+    """A file without columns that are read: `columns`, as the file would call them."""
+
+    def __init__(self, message: str, columns: Sequence[str]):
+        super().__init__(message)
+        self.columns = tuple(columns)
+
+
+def _lacks(path: Path, lacking: Sequence[str], names: Sequence[str] | Mapping) -> LackingColumns:
+    return LackingColumns(
         f"{path} has no column {', '.join(map(repr, lacking))}; it has "
         f"{', '.join(map(repr, names))}. Name the right one with --columns, as in text=COLUMN"
-        ", or all of them with --column-names if its first line is a row like others"
+        ", or all of them with --column-names if its first line is a row like others",
+        lacking,
     )

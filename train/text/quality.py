@@ -258,5 +258,5 @@ def _library(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"this needs the library {package}: pip install 'accelerando[quality]'"
+            f"this needs the library {package}: pip install -e '.[quality]'"
         ) from error

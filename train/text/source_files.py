@@ -186,7 +186,7 @@ def _read_parquet(path: Path, field: str, tokenizer: Tokenizer | None) -> Iterat
         import pyarrow.parquet
     except ImportError:
         raise ImportError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'accelerando[parquet]'"
+            f"{path}: reading Parquet needs pyarrow: pip install -e '.[parquet]'"
         ) from None
     with _open(path) as (stream, _), tempfile.TemporaryFile() as unpacked:
         if path.suffix == ".gz":  # Parquet is read from its end: in a gzip that needs all of it

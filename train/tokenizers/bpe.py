@@ -118,7 +118,7 @@ def _library() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             "byte-level BPE and tokenizer.json need the library `tokenizers`:"
-            " pip install 'accelerando[hf]'"
+            " pip install -e '.[hf]'"
         ) from error
     return tokenizers
 

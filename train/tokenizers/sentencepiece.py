@@ -218,7 +218,7 @@ def _explain(error: str, vocabulary_size: int, characters: int) -> str:
     if found := re.search(r"too high .*<= (\d+)", error):
         return (
             f"vocabulary_size={vocabulary_size} is more than {characters} characters of text give:"
-            f" ask for {found[1]} or fewer, or train on more text"
+            f" ask for {found[1]} or fewer (sentencepiece:{found[1]}), or train on more text"
         )
     if found := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return (

@@ -1,0 +1,31 @@
+"""Libraries that only an extra of `pyproject.toml` brings, imported where they are used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def from_extra(module: str, extra: str) -> Any:
+    """Imports a library.
+
+    Args:
+      module: its name.
+      extra: that brings it.
+
+    Raises:
+      ImportError: it is not installed; what to install is said.
+
+    >>> from_extra("json", "hf").dumps([1])
+    '[1]'
+    >>> from_extra("no_such_library", "hf")
+    Traceback (most recent call last):
+    ...
+    ImportError: this needs no_such_library: pip install -e '.[hf]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # it is there, and lacks something itself
+        raise ImportError(f"this needs {error.name}: pip install -e '.[{extra}]'") from None
