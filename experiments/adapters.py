@@ -85,7 +85,7 @@ def save_adapter(run_folder: Path, out: Path, step: int | None = None) -> list[s
     Args:
       run_folder: the run.
       out: folder to make.
-      step: checkpoint, the newest by default.
+      step: checkpoint; by default the newest, or of a task the best.
 
     Returns:
       Lines to print.
@@ -318,7 +318,7 @@ class Adapters:
       run: a run with an adapter, or, with --onto, the base.
       out: folder of the adapter, or run with the adapters merged, to make.
       onto: adapters to merge into the run, each "FOLDER" or "WEIGHT*FOLDER".
-      step: checkpoint of the run, the newest by default.
+      step: checkpoint of the run; by default the newest, or of a task the best.
     """
 
     run: Path

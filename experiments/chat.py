@@ -50,7 +50,7 @@ class Chat:
     Attributes:
       run: folder of the run.
       mode: what is done with a line; by default what the run was trained for.
-      step: checkpoint, the newest by default.
+      step: checkpoint; by default the newest, or of a task the best.
       max_new_tokens: of an answer, at most.
       temperature: 0 for greedy; by default 0 for translations, 0.8 otherwise.
       top_k: keep the k most probable tokens.

@@ -52,7 +52,7 @@ class Compress:
       hf: Hugging Face folder to compress.
       out: run to make; it must not exist.
       calibration: source whose train split is looked at; by default the run's first.
-      step: checkpoint of the run, the newest by default.
+      step: checkpoint of the run; by default the newest, or of a task the best.
       tokenizer: for --hf, as in experiments.convert.
       windows: at most so many windows of calibration text, spread evenly over the split.
       length: tokens of a window, by default as in training.

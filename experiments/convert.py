@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import optax
 
+from compress.export.onnx import HOLD_ANY
 from compress.lora import adapted_paths, merged
 from compress.quantization.quantize import dequantize_params
 from experiments.beside import check_nothing_beside
@@ -30,6 +31,7 @@ from model import huggingface, huggingface_files
 from model.config import TransformerConfig
 from model.heads import heads_of, without_heads
 from model.huggingface_classifier import is_classifier, load_classifier, save_classifier
+from model.huggingface_config import write_config
 from parallel.vocabulary import strip_vocabulary
 from train.checkpoints import Checkpoints
 from train.settings import Phase, Settings, to_json
@@ -53,7 +55,7 @@ class Convert:
       out: folder to make; it must not exist.
       run: run to turn into a Hugging Face folder.
       hf: Hugging Face folder to turn into a run.
-      step: checkpoint of the run, the newest by default.
+      step: checkpoint of the run; by default the newest, or of a task the best.
       tokenizer: for --hf: "bytes", "gpt2:FOLDER" or a path, by default the folder's own.
       dtype: what parameters are written as; by default a folder gets the run's, a run float32.
     """
@@ -88,6 +90,10 @@ def to_huggingface(
     check_free(out)
     run = open_run(run_folder, step)
     check_nothing_beside(run.params, "transformers")
+    try:
+        write_config(run.model.config)
+    except ValueError as error:
+        raise ValueError(f"{error}. {HOLD_ANY}") from None
     params, notes = plain_params(run.params, run.model.config.vocabulary_size)
     try:
         files = export_files(Path(run_folder) / "tokenizer")

@@ -36,7 +36,7 @@ class Evaluate:
       protocol: "windows:N" predicts windows of N tokens side by side, each from its own start;
         "stride:N" slides a window of the training length by N tokens, so that all but the first
         predictions see at least (length - N) tokens. By default windows of the training length.
-      step: checkpoint, the newest by default.
+      step: checkpoint; by default the newest, or of a task the best.
       batch_size: rows at a time; changes no figure.
     """
 

@@ -21,7 +21,7 @@ from typing import Literal
 
 from compress.export.gguf import Vocabulary, write_gguf
 from compress.export.native import save_native
-from compress.export.onnx import HOLD_ANY, write_onnx
+from compress.export.onnx import write_onnx
 from compress.export.stablehlo import save_stablehlo
 from experiments.beside import check_nothing_beside
 from experiments.cli import run_main
@@ -29,7 +29,6 @@ from experiments.compress import check_finite
 from experiments.convert import to_huggingface
 from experiments.folders import check_free
 from experiments.runs.run import Run, open_run, phase_at
-from model.huggingface_config import write_config
 from train.tokenizers.export import export_files
 
 
@@ -41,7 +40,7 @@ class Export:
       run: the run.
       format: see the top.
       out: file (gguf, onnx) or folder to make; it must not exist.
-      step: checkpoint, the newest by default.
+      step: checkpoint; by default the newest, or of a task the best.
       dtype: of matrices that are not quantized, for gguf and huggingface.
       batch: rows of tokens, for stablehlo.
       length: tokens of a row, for stablehlo; by default as in training.
@@ -128,10 +127,6 @@ def _onnx(run: Run, command: Export) -> list[str]:
 
 
 def _huggingface(run: Run, command: Export) -> list[str]:
-    try:
-        write_config(run.model.config)
-    except ValueError as error:
-        raise ValueError(f"{error}. {HOLD_ANY}") from None
     return to_huggingface(command.run, command.out, command.step, command.dtype)[1:-1]
 
 

@@ -28,7 +28,7 @@ class Generate:
       prompt: text to continue; empty starts a new document.
       opening: what the prompt is the start of: "text" anywhere, or a new "document", before which
         stands what ends one in the data. Models of llama2.c have seen no other.
-      step: checkpoint, the newest by default.
+      step: checkpoint; by default the newest, or of a task the best.
       max_new_tokens: at most so many; less where the model's positions end.
       temperature: 0 for greedy.
       top_k: keep the k most probable tokens.

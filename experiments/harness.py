@@ -32,7 +32,7 @@ class Harness:
       tasks: names, or paths of YAML files.
       limit: documents of each task, the first ones; all by default.
       few_shot: examples before each document; by default as many as the task says.
-      step: checkpoint, the newest by default.
+      step: checkpoint; by default the newest, or of a task the best.
       batch_size: rows at a time; changes no figure.
       out: file for the figures, JSON.
     """

@@ -45,7 +45,7 @@ class OpenQa:
       split: of a SQuAD file that the run was trained on, the questions that are asked; the corpus
         is the whole file.
       most: questions, the first ones; all by default.
-      step: checkpoint, the newest by default.
+      step: checkpoint, the best by default.
       batch_size: rows at a time; changes no figure.
       out: file for the answers, a line each.
     """

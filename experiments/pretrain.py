@@ -24,7 +24,7 @@ from experiments.run_names import parse_parent
 from experiments.runs.execute import Execution, execute
 from experiments.runs.phases import grown_config, parse_phases
 from experiments.runs.prepare import open_data, steps_per_epoch
-from experiments.runs.run import open_run
+from experiments.runs.run import open_run, read_settings
 from experiments.starts import PIECES, VECTORS, Fresh, foreign_kind, start_run
 from model.config import TransformerConfig
 from model.grow import How
@@ -49,6 +49,7 @@ class Pretrain:
       optimizer: name, and its fields.
       schedule: name, and its fields.
       data: sources, each "SPEC" or "WEIGHT*SPEC": "stdlib", a file, a folder, a glob, "tfds:NAME".
+        By default what a parent was trained on, else stdlib, the source of Python's own library.
       tokenizer: "bytes", "sentencepiece:N" (trained on the first source), or a path; by default
         sentencepiece:4096, or the parent's.
       out: folder of the run.
@@ -78,6 +79,7 @@ class Pretrain:
       checkpoint_every: steps between checkpoints.
       log_every: steps between rows of metrics.jsonl.
       profile: first and last step of a trace, counted from 1, e.g. 20:22.
+      keep_last: newest checkpoints kept, besides the best one.
       log_norms: record norms of gradients, updates and weights by layer.
       tensorboard: write TensorBoard logs as well.
       wandb: log to Weights & Biases as well.
@@ -102,7 +104,7 @@ class Pretrain:
     model: TransformerConfig
     optimizer: OptimizerSettings
     schedule: Any
-    data: tuple[str, ...] = ("stdlib",)
+    data: tuple[str, ...] = ()
     tokenizer: str | None = None
     out: Path = Path("runs/pretrain")
     from_run: str | None = None
@@ -125,6 +127,7 @@ class Pretrain:
     checkpoint_every: int = 500
     log_every: int = 10
     profile: str | None = None
+    keep_last: int = 2
     log_norms: bool = False
     tensorboard: bool = False
     wandb: bool = False
@@ -151,10 +154,10 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
     if model.positions == "rotary":  # has no table to outgrow
         longest = max(model.max_length, command.sequence_length)
         model = dataclasses.replace(model, max_length=longest)
-    parent = command.from_run
+    parent, data = command.from_run, command.data or _data_of_parent(command.from_run)
     if parent is not None:
         if (kind := foreign_kind(parent)) is not None:
-            drawn = Fresh(model, command.sequence_length, command.seed, _first_texts(command.data))
+            drawn = Fresh(model, command.sequence_length, command.seed, _first_texts(data))
             parent = start_run(parent, command.out / "start", command.tokenizer, drawn)
             assert parent is not None
         run = open_run(*parse_parent(parent))
@@ -171,7 +174,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
     if command.epochs is not None:
         if command.epochs < 1:
             raise ValueError(f"epochs is {command.epochs}; it must be at least 1")
-        _, corpora = open_data(command.data, tokenizer, command.out)
+        _, corpora = open_data(data, tokenizer, command.out)
         evaluate_every = steps_per_epoch(
             corpora, batch_size=command.batch_size, sequence_length=command.sequence_length
         )
@@ -182,7 +185,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
     phase = Phase(steps, model, command.batch_size, command.sequence_length, growth=command.growth)
     settings = Settings(
         phases=parse_phases(command.phases, phase),
-        data=command.data,
+        data=data,
         tokenizer=tokenizer,
         seed=command.seed,
         optimizer=optimizer,
@@ -206,6 +209,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
     )
     execution = Execution(
         loop,
+        keep_last=command.keep_last,
         log_norms=command.log_norms,
         tensorboard=command.tensorboard,
         wandb=command.wandb,
@@ -258,6 +262,14 @@ def _say(out: Path, outcome: Outcome, seconds: float) -> None:
         assert outcome.signal is not None
         name = signal.Signals(outcome.signal).name
         print(f"{name}: saved step {step}; the same command goes on from there")
+
+
+def _data_of_parent(parent: str | None) -> tuple[str, ...]:
+    """The sources of a run that another one starts from, the standard library for others."""
+    of_parent: tuple[str, ...] = ()
+    if parent is not None and foreign_kind(parent) is None:
+        of_parent = read_settings(parse_parent(parent)[0]).data
+    return of_parent or ("stdlib",)
 
 
 def _first_texts(data: tuple[str, ...]) -> Callable[[], Iterable[str]]:

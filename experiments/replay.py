@@ -46,7 +46,7 @@ class WriteSamples:
       length: tokens of a row, each a text from its start; by default those of a row in training.
       separator: id between documents in the text that the model was trained on; by default the
         tokenizer's end of document.
-      step: checkpoint, the newest by default.
+      step: checkpoint; by default the newest, or of a task the best.
       seed: of the draws.
     """
 

@@ -1,4 +1,4 @@
-"""How a run is named on a command line: RUN for its newest checkpoint, RUN@STEP for another."""
+"""How a run is named on a command line: RUN (its newest checkpoint, a task's best) or RUN@STEP."""
 
 from __future__ import annotations
 

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate
+from experiments import evaluate, generate, pretrain
 from experiments.evaluate import protocol_of
 from experiments.run_names import parse_parent
 from experiments.runs.execute import Execution, execute
 from experiments.runs.run import open_run, phase_at, read_settings
-from model.presets import gpt2_tiny
+from model.presets import gpt2_tiny, modern_mini
 from train.loop import LoopSettings
+from train.optimizers import AdamW
 from train.schedules import Constant
 from train.settings import Phase, Settings
 
@@ -107,6 +108,15 @@ def test_generation_ends_where_the_positions_do(call, folder, monkeypatch):
     assert seen == [[2]]
     with pytest.raises(ValueError, match="the prompt has 32 tokens and the model 32 positions"):
         call(generate, prompt="a" * 32)
+
+
+def test_a_run_from_another_reads_on_in_its_text_unless_given_one(folder, text):
+    ask = pretrain.Pretrain(modern_mini(), AdamW(), Constant(), from_run=f"{folder}@4", steps=1)
+    for data, expected in (((), (str(text),)), (("stdlib",), ("stdlib",))):
+        settings, _ = pretrain.settings_of(dataclasses.replace(ask, data=data))
+        assert settings.data == expected
+    scratch = dataclasses.replace(ask, from_run=None)
+    assert pretrain.settings_of(scratch)[0].data == ("stdlib",)
 
 
 def test_a_prompt_opens_a_document_where_asked(call, folder, monkeypatch):
