@@ -111,7 +111,9 @@ def test_generation_ends_where_the_positions_do(call, folder, monkeypatch):
 
 
 def test_a_run_from_another_reads_on_in_its_text_unless_given_one(folder, text):
-    ask = pretrain.Pretrain(modern_mini(), AdamW(), Constant(), from_run=f"{folder}@4", steps=1)
+    ask = pretrain.Pretrain(
+        modern_mini(), AdamW(), Constant(), from_run=f"{folder}@4", sequence_length=T
+    )
     for data, expected in (((), (str(text),)), (("stdlib",), ("stdlib",))):
         settings, _ = pretrain.settings_of(dataclasses.replace(ask, data=data))
         assert settings.data == expected
