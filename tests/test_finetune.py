@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,13 @@ def parent(tmp_path):
     )
     execute(settings, tmp_path / "parent", Execution(progress=False))
     return tmp_path / "parent"
+
+
+def test_a_library_that_is_missing_is_named_before_anything_trains(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"need scikit-learn: pip install -e '.\[tasks\]'"):
+        execute(settings_for(files), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_resume_is_bitwise(files, tmp_path):

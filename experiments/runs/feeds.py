@@ -145,6 +145,7 @@ def _text_feed(settings: Settings, corpora: Corpora, out: Path) -> Feed:
 
 def _task_feed(settings: Settings, tokenizer: Tokenizer, data: TaskData) -> Feed:
     task = settings.task
+    REPORTS[task.name].needs()  # before anything trains
     train, valid = data.splits[TRAIN], data.splits[VALID]
     phase = settings.phases[0]  # all have its shape
 

@@ -31,7 +31,7 @@ def class_metrics(
       examples: with `labels`.
       outputs: `logits` [N, C].
     """
-    metrics = _metrics()
+    metrics = scikit_metrics()
     labels_N, p_NC = examples.arrays["labels"], probabilities(outputs["logits"])
     guesses_N = p_NC.argmax(axis=1)
     classes = np.arange(p_NC.shape[1])
@@ -51,7 +51,7 @@ def class_metrics(
 def _matthews(labels_N: np.ndarray, guesses_N: np.ndarray) -> float:
     with warnings.catch_warnings():  # of rows that all have one label, at every evaluation
         warnings.filterwarnings("ignore", "A single label was found", UserWarning)
-        return float(_metrics().matthews_corrcoef(labels_N, guesses_N))
+        return float(scikit_metrics().matthews_corrcoef(labels_N, guesses_N))
 
 
 def number_metrics(
@@ -66,7 +66,7 @@ def number_metrics(
     """
     from scipy.stats import pearsonr, spearmanr
 
-    metrics = _metrics()
+    metrics = scikit_metrics()
     right_N = examples.arrays["values"].astype(np.float64)
     guess_N = outputs["logits"][:, 0].astype(np.float64)
     varied = min(len(right_N), 2) == 2 and right_N.std() > 0 and guess_N.std() > 0
@@ -130,7 +130,8 @@ def calibration_error(labels_N: np.ndarray, p_NC: np.ndarray, bins: int = BINS) 
     return float(np.abs(surplus_b).sum() / len(labels_N))
 
 
-def _metrics() -> Any:
+def scikit_metrics() -> Any:
+    """Returns `sklearn.metrics`; ImportError says what to install."""
     try:
         from sklearn import metrics
     except ImportError:

@@ -13,9 +13,11 @@ from experiments.tasks.metrics import (
     class_predictions,
     number_metrics,
     number_predictions,
+    scikit_metrics,
 )
 from experiments.tasks.squad_metrics import official, span_metrics, span_predictions
 from experiments.tasks.translation_metrics import (
+    sacrebleu_metrics,
     translation_metrics,
     translation_notes,
     translation_predictions,
@@ -39,21 +41,25 @@ class Report(NamedTuple):
       predictions: the same -> what is written of each row, with its inputs, as JSON values.
       notes: task -> what stands beside the figures, such as how they were counted.
       whole: predictions of a split -> what others read them as, one JSON value; or None.
+      needs: raises ImportError without the library that the figures come from.
     """
 
     metrics: Callable[[Any, Examples, Outputs, Tokenizer], dict[str, float]]
     predictions: Callable[[Any, Examples, Outputs, Tokenizer], Iterator[dict[str, Any]]]
     notes: Callable[[Any], dict[str, str]] = lambda task: {}
     whole: Callable[[Iterable[dict[str, Any]]], Any] | None = None
+    needs: Callable[[], Any] = lambda: None
 
 
 TASKS: dict[str, type[Any]] = {
     task.name: task for task in (Classification, Regression, Squad, Translation, Instructions)
 }
 REPORTS: dict[str, Report] = {
-    Classification.name: Report(class_metrics, class_predictions),
-    Regression.name: Report(number_metrics, number_predictions),
+    Classification.name: Report(class_metrics, class_predictions, needs=scikit_metrics),
+    Regression.name: Report(number_metrics, number_predictions, needs=scikit_metrics),
     Squad.name: Report(span_metrics, span_predictions, whole=official),
-    Translation.name: Report(translation_metrics, translation_predictions, translation_notes),
+    Translation.name: Report(
+        translation_metrics, translation_predictions, translation_notes, needs=sacrebleu_metrics
+    ),
     Instructions.name: Report(instruction_metrics, instruction_predictions),
 }

@@ -40,7 +40,7 @@ def scored(found: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     >>> scored(["the cat sat on the mat"], ["the cat sat on the mat"])["bleu"] > 99.9
     True
     """
-    bleu, chrf = _metrics()
+    bleu, chrf = sacrebleu_metrics()
     score = bleu.corpus_score(list(found), [list(references)])
     return {
         "bleu": float(score.score),
@@ -55,7 +55,7 @@ def signatures() -> dict[str, str]:
     >>> sorted(signatures())
     ['bleu', 'chrf']
     """
-    bleu, chrf = _metrics()
+    bleu, chrf = sacrebleu_metrics()
     for metric in (bleu, chrf):
         metric.corpus_score(["a"], [["a"]])  # the number of references is part of it
     return {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
@@ -88,7 +88,8 @@ def texts_of(outputs: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> list[st
     return [" ".join(tokenizer.decode(ids[:length]).split()) for ids, length in rows]
 
 
-def _metrics() -> tuple[Any, Any]:
+def sacrebleu_metrics() -> tuple[Any, Any]:
+    """Returns BLEU and chrF of sacrebleu; ImportError says what to install."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
