@@ -232,11 +232,11 @@ def main() -> None:
     use_compilation_cache()
     dense, small = open_run(command.dense), open_run(command.run)
     if command.data is None and not dense.settings.data:
-        raise ValueError(f"{command.dense} was not trained here and has no data; give --data")
+        raise ValueError(f"{command.dense} has no running text of its own; give --data")
     source = command.data or parse_mixture(dense.settings.data)[0][0]
     split = build_corpus(open_source(source), dense.tokenizer).split("validation")
     settings = {"batch_size": command.batch_size, "repeats": command.repeats}
-    print(write(command.run, report(dense, small, split, **settings)))
+    print(write(small.folder, report(dense, small, split, **settings)))
 
 
 if __name__ == "__main__":

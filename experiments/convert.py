@@ -96,7 +96,7 @@ def to_huggingface(
         raise ValueError(f"{error}. {HOLD_ANY}") from None
     params, notes = plain_params(run.params, run.model.config.vocabulary_size)
     try:
-        files = export_files(Path(run_folder) / "tokenizer")
+        files = export_files(run.folder / "tokenizer")
         about = f"tokenizer    {', '.join(files)}"
     except ValueError as error:
         files, about = {}, f"tokenizer    left out: {error}"
@@ -126,7 +126,7 @@ def to_huggingface(
         for name, content in files.items():
             (folder / name).write_bytes(content)
     return [
-        f"run          {run_folder} at step {run.step}",
+        f"run          {run.folder} at step {run.step}",
         f"model        {huggingface_files.CONFIG}, {huggingface_files.WEIGHTS}: {_size(params)}",
         *notes,
         about,

@@ -26,7 +26,7 @@ import numpy as np
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.folders import check_free
-from experiments.runs.run import Run, open_run, read_settings
+from experiments.runs.run import Run, open_run
 from model.config import EncoderDecoderConfig
 from model.generate import generate
 from model.heads import without_heads
@@ -139,7 +139,7 @@ def main() -> None:
     run = open_run(command.run, command.step)
     length = command.length
     if length is None:
-        trained = read_settings(command.run).phases[-1].sequence_length
+        trained = run.settings.phases[-1].sequence_length
         length = min(trained, run.model.config.max_length - 1)
     written = samples(
         run,

@@ -149,6 +149,8 @@ def test_an_open_run_holds_what_was_trained(tmp_path, text):
     assert bits(run.params) == bits(outcome.state.params)
     assert run.tokenizer.decode(run.tokenizer.encode("abc")) == "abc"
     assert open_run(tmp_path / "run", 10).step == 10
+    named = open_run(f"{tmp_path / 'run'}@10")
+    assert (named.step, named.folder) == (10, tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 15"):
         open_run(tmp_path / "run", 15)
     with pytest.raises(FileNotFoundError, match="is no run"):

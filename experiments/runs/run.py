@@ -74,11 +74,17 @@ class Run:
 def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
     """Opens a run at `step`, or at its newest intact checkpoint; of a task, at the best there is.
 
+    Args:
+      folder: of the run; "RUN@STEP" as well, where no folder is called so.
+      step: of the checkpoint.
+
     Raises:
       FileNotFoundError: the folder is no run, or has no such checkpoint.
       ValueError: the checkpoint is damaged.
     """
     folder = Path(folder)
+    if step is None and not folder.exists():
+        folder, step = parse_parent(str(folder))
     settings = read_settings(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     with Checkpoints(folder / "checkpoints", mode="read") as checkpoints:
