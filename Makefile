@@ -13,7 +13,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto -m "not slow and not hf"
 
 test-all: $(VENV)/.installed-hf-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --durations=30
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
