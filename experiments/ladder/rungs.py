@@ -197,7 +197,7 @@ RUNGS: tuple[Rung, ...] = (
     _off(
         Rung("vocabulary", "a vocabulary of another size, in bits per byte", techniques.vocabulary)
     ),
-    _off(Rung("few-bits", "products of kernels on operands of half the bits", techniques.few_bits)),
+    Rung("few-bits", "products of kernels on operands of half the bits", techniques.few_bits),
     _off(Rung("for-hf", "what transformers can hold of the kept rungs", _restricted("HF"))),
     _off(Rung("for-gguf", "what GGUF can hold of the kept rungs", _restricted("GGUF"))),
 )
