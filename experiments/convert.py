@@ -11,6 +11,7 @@ and such a folder a run with that task.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +92,9 @@ def to_huggingface(
     run = open_run(run_folder, step)
     check_nothing_beside(run.params, "transformers")
     try:
-        write_config(run.model.config)
+        with warnings.catch_warnings():  # `save` gives them
+            warnings.simplefilter("ignore")
+            write_config(run.model.config)
     except ValueError as error:
         raise ValueError(f"{error}. {HOLD_ANY}") from None
     params, notes = plain_params(run.params, run.model.config.vocabulary_size)

@@ -30,7 +30,6 @@ from typing import Any, Literal
 from experiments.cli import named_pairs, parse_with_methods, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.methods.table import METHODS, check_task
-from experiments.run_names import parse_parent
 from experiments.runs.execute import execute
 from experiments.runs.execution import Execution
 from experiments.runs.run import open_run
@@ -160,7 +159,7 @@ def settings_of(command: Finetune, methods: tuple[Any, ...] = ()) -> tuple[Setti
     if parent is None:
         model, tokenizer = fresh, command.tokenizer or PIECES
     else:
-        run = open_run(*parse_parent(parent))
+        run = open_run(parent)
         if getattr(command.task, "mean", None) is None:  # what was given stays
             task = as_its_head_reads(task, run.settings.task)
         model, tokenizer = run.model.config, str(run.folder / "tokenizer")

@@ -14,6 +14,7 @@ from experiments.ablate.transfer_sst2 import FULL, FULL_GRAMS, GRAMS
 from experiments.ablate.transfer_sst2 import SCRATCH as SST2_SCRATCH
 from experiments.ablate.transfer_stories import GROWN
 from experiments.ablate.transfer_stories import SCRATCH as STORIES_SCRATCH
+from experiments.headlines import CLAIM
 from experiments.tables.margins import margin
 from experiments.tables.markdown import grid, spread
 from experiments.tables.report import read
@@ -42,8 +43,8 @@ def transfer(path: Path) -> str:
     missed = any("<1" in cell for row in rows for cell in row)
     return "\n".join(
         [
-            "Small models, means over the seeds that both have ± standard deviations; up to four "
-            "seeds are an exploration and no claim."
+            "Small models, means over the seeds that both have ± standard deviations; fewer than "
+            f"{CLAIM} seeds are an exploration and no claim."
             + (" `<1` is a seed that never gets there." if missed else ""),
             "",
             *grid(names, rows, "llrrrrr"),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.runs.run import Run
+from model.extras import from_extra
 from model.generate import Sampling, generate
 from model.transformer import Model, Transformer, features, head
 
@@ -168,12 +169,9 @@ def harness_model(run: Run, *, batch_size: int = 8) -> Any:
       ImportError: the harness is not installed.
       ValueError: the model has an encoder.
     """
-    try:
-        from lm_eval.api.model import TemplateLM
-    except ImportError:
-        raise ImportError(
-            "tasks of lm-evaluation-harness need it: pip install -e '.[eval]'"
-        ) from None
+    from_extra("lm_eval", "eval", "tasks of lm-evaluation-harness need it")
+    from lm_eval.api.model import TemplateLM
+
     length_of(run)
 
     class RunModel(TemplateLM):

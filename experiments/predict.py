@@ -19,7 +19,6 @@ from experiments.cli import named_pairs, run_main
 from experiments.compilation import use_compilation_cache
 from experiments.folders import check_free
 from experiments.json_files import write_lines
-from experiments.run_names import parse_parent
 from experiments.runs.run import Run, open_run
 from experiments.starts import HF, foreign_kind, start_run
 from experiments.task_report import outputs_of
@@ -81,7 +80,7 @@ def run_command(command: Predict) -> list[str]:
     if foreign_kind(command.run) != HF:
         if command.tokenizer is not None:
             raise ValueError(f"{command.run} keeps its tokenizer; leave --tokenizer out")
-        return _predict(command, open_run(*parse_parent(command.run)))
+        return _predict(command, open_run(command.run))
     with tempfile.TemporaryDirectory() as folder:
         made = start_run(command.run, Path(folder) / "run", command.tokenizer)
         assert made is not None  # which scratch alone is not

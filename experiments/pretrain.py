@@ -160,7 +160,7 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
             drawn = Fresh(model, command.sequence_length, command.seed, _first_texts(data))
             parent = start_run(parent, command.out / "start", command.tokenizer, drawn)
             assert parent is not None
-        run = open_run(*parse_parent(parent))
+        run = open_run(parent)
         model, tokenizer = run.model.config, str(run.folder / "tokenizer")
         if kind is None and command.tokenizer not in (None, tokenizer):
             raise ValueError(f"a run from {command.from_run} keeps its tokenizer; leave it out")

@@ -26,8 +26,7 @@ import numpy as np
 from experiments.cli import run_main
 from experiments.compilation import use_compilation_cache
 from experiments.folders import check_free
-from experiments.runs.run import Run, open_run
-from model.config import EncoderDecoderConfig
+from experiments.runs.run import Run, check_continues, open_run
 from model.generate import generate
 from model.heads import without_heads
 
@@ -78,8 +77,7 @@ def samples(
         model that does not continue text.
     """
     config = run.model.config
-    if isinstance(config, EncoderDecoderConfig):
-        raise ValueError(f"{run.folder} reads a source and continues no text; it has no samples")
+    check_continues(run)
     first = run.tokenizer.end_of_document if separator is None else separator
     if not 0 <= first < config.vocabulary_size:
         raise ValueError(f"the separator is {first}; the ids end at {config.vocabulary_size - 1}")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.cli import run_main
+from model.extras import from_extra
 from train.tasks.rows import said_of
 from train.tasks.squad_files import read_squad
 
@@ -95,14 +96,8 @@ def build_index(passages: Sequence[str], *, k1: float = 1.5, b: float = 0.75) ->
         raise ValueError("there are no passages to index")
     if not k1 >= 0 or not 0 <= b <= 1:
         raise ValueError(f"k1 is {k1} and b {b}; they must be at least 0, and from 0 to 1")
-    try:
-        import bm25s
-
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG
-    except ImportError as error:
-        raise ImportError(
-            "retrieval needs the library bm25s: pip install -e '.[retrieval]'"
-        ) from error
+    bm25s = from_extra("bm25s", "retrieval", "retrieval needs the library bm25s")
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG
     words = _tokens(passages)
     if not any(words):
         raise ValueError("none of the passages has a word in it")

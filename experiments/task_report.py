@@ -17,7 +17,6 @@ import numpy as np
 
 from compress.export.stored import is_packed
 from experiments.json_files import write_json, write_lines
-from experiments.run_names import parse_parent
 from experiments.runs.assemble import abstract_state, assemble
 from experiments.runs.run import Run, best_step, open_run, read_settings
 from experiments.runs.run import phase_at as phase_of
@@ -98,7 +97,7 @@ def forgotten(run: Run, data: str) -> dict[str, Any]:
     """
     if run.settings.parent is None:
         raise ValueError("forgetting is measured on what a run started from; give --start")
-    parent = open_run(*parse_parent(run.settings.parent))
+    parent = open_run(run.settings.parent)
     length = read_settings(parent.folder).phases[-1].sequence_length
     before, after = (language_loss(each, data, length) for each in (parent, run))
     return {

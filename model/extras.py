@@ -6,12 +6,13 @@ import importlib
 from typing import Any
 
 
-def from_extra(module: str, extra: str) -> Any:
+def from_extra(module: str, extra: str, what: str | None = None) -> Any:
     """Imports a library.
 
     Args:
       module: its name.
       extra: that brings it.
+      what: the beginning of the error, by default that it is needed.
 
     Raises:
       ImportError: it is not installed; what to install is said.
@@ -28,4 +29,5 @@ def from_extra(module: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise  # it is there, and lacks something itself
-        raise ImportError(f"this needs {error.name}: pip install -e '.[{extra}]'") from None
+        said = f"this needs {error.name}" if what is None else what
+        raise ImportError(f"{said}: pip install -e '.[{extra}]'") from None

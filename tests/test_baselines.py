@@ -85,6 +85,18 @@ def test_the_same_start_and_batches_give_the_losses_of_our_own_step(
 
 
 @pytest.mark.hf
+def test_autocast_on_a_cpu_rounds_products_and_still_learns(tmp_path, text):
+    settings, loop = settings_of(text, ADAMW, Linear(4)), LoopSettings(log_every=1)
+    for precision in ("float32", "bfloat16"):
+        baseline = TorchBaseline(settings, precision=precision, initial="ours")
+        run_baseline(baseline, tmp_path / precision, loop, progress=False)
+    exact, rounded = losses(tmp_path / "float32"), losses(tmp_path / "bfloat16")
+    assert exact[0] != rounded[0]
+    np.testing.assert_allclose(rounded, exact, atol=0.05)
+    assert rounded[0] - rounded[-1] > 0.5
+
+
+@pytest.mark.hf
 def test_weights_that_hugging_face_draws_are_spread_as_ours_and_dropout_is_on(tmp_path, text):
     from experiments.baselines.learner import make_learner
 

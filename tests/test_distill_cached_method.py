@@ -9,7 +9,7 @@ import pytest
 from experiments.methods.distill import Distil
 from experiments.methods.distill_cached import COST, DistilCached
 from experiments.runs.execute import Execution, execute
-from experiments.runs.run import open_named, open_run
+from experiments.runs.run import open_run
 from model.presets import gpt2_tiny
 from train.loop import LoopSettings
 from train.optimizers import AdamW
@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused(home, tmp_path):
 @pytest.mark.slow
 def test_another_teacher_in_its_place_is_noticed(home, tmp_path):
     execute(settings_of(home, seed=1), tmp_path / "teacher", QUIET)
-    method = DistilCached(str(tmp_path / "teacher"), k=4).resolve(None, open_named)
+    method = DistilCached(str(tmp_path / "teacher"), k=4).resolve(None, open_run)
     other = dataclasses.replace(method, teacher=str(home / "teacher"))
     with pytest.raises(ValueError, match="another teacher now"):
         execute(settings_of(home, other), tmp_path / "run", QUIET)

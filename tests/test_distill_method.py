@@ -19,7 +19,7 @@ from experiments.methods.table import METHODS, resolve
 from experiments.methods.teacher import Teacher
 from experiments.pretrain import Pretrain
 from experiments.runs.execute import Execution, execute
-from experiments.runs.run import open_named, open_run
+from experiments.runs.run import open_run
 from model.flops import abstract_params
 from model.presets import PRESETS, gpt2_tiny, llama_tiny, modern_tiny
 from model.transformer import Transformer
@@ -278,7 +278,7 @@ def test_a_teacher_of_other_tokens_is_refused_before_anything_is_trained(runs):
     with pytest.raises(ValueError, match="vocabulary of 257 tokens and the student one of 300"):
         execute(other, folder / "other", QUIET)
     assert not (folder / "other/settings.json").exists()
-    known = resolve(settings, None, open_named)
+    known = resolve(settings, None, open_run)
     renamed = dataclasses.replace(known.methods[0].resolved, tokenizer="another")
     method = dataclasses.replace(known.methods[0], resolved=renamed)
     with pytest.raises(ValueError, match=r"another tokenizer of the same size.*teacher/tokenizer"):
@@ -304,7 +304,7 @@ def test_settings_are_checked_and_survive_json():
         with pytest.raises(ValueError, match=message):
             Distil(**fields)
     with pytest.raises(ValueError, match="needs a teacher"):
-        Distil().resolve(None, open_named)
+        Distil().resolve(None, open_run)
     setup = Setup(STUDENT, abstract_params(STUDENT), 5)
     with pytest.raises(ValueError, match="call `resolve` first"):
         Distil(teacher="x").build(setup)

@@ -20,7 +20,7 @@ from experiments.methods.lora import Lora
 from experiments.methods.table import METHODS, resolve
 from experiments.runs.assemble import abstract_frozen, abstract_state, assemble
 from experiments.runs.execute import execute
-from experiments.runs.run import open_named, open_run
+from experiments.runs.run import open_run
 from tests.compiled import logits_of
 from tests.huggingface_cases import assert_same
 from tests.test_lora_method import QUIET, losses, settings_of, size
@@ -97,14 +97,14 @@ def test_only_the_factors_train_and_resume_bitwise_without_the_base(home, tmp_pa
 
 
 def test_it_begins_as_the_compressed_model(home):
-    settings = resolve(settings_on(home, "gptq"), None, open_named)
+    settings = resolve(settings_on(home, "gptq"), None, open_run)
     run = open_run(home / "gptq")
     parts = assemble(settings, run.model.config)
     trained, fixed = parts.plugs.split(run.params)  # whatever is given: its shapes are the base's
     assert fixed == {}
     (tree,) = parts.plugs.frozen.values()
     (transform,) = parts.plugs.transforms
-    frozen = {name: tree.load(open_named) for name, tree in parts.plugs.frozen.items()}
+    frozen = {name: tree.load(open_run) for name, tree in parts.plugs.frozen.items()}
     context = type("Context", (), {"frozen": frozen})
     weights = transform.apply(trained, context)
     tokens = np.arange(16)[None]
@@ -113,7 +113,7 @@ def test_it_begins_as_the_compressed_model(home):
 
 
 def test_state_has_nothing_of_the_base(home):
-    settings = resolve(settings_on(home, "gptq"), None, open_named)
+    settings = resolve(settings_on(home, "gptq"), None, open_run)
     config = open_run(home / "gptq").model.config
     parts = assemble(settings, config)
     state, frozen = abstract_state(settings, parts), abstract_frozen(settings, parts)
@@ -128,9 +128,9 @@ def test_state_has_nothing_of_the_base(home):
 
 def test_what_does_not_fit_is_refused(home):
     with pytest.raises(ValueError, match=r"takes integer products \(blocks/attention/k/kernel\)"):
-        resolve(settings_on(home, "products"), None, open_named)
+        resolve(settings_on(home, "products"), None, open_run)
     with pytest.raises(FileNotFoundError, match="is no run"):
-        resolve(settings_on(home, "nothing"), None, open_named)
+        resolve(settings_on(home, "nothing"), None, open_run)
     for fields in ({"base": "q4_0"}, {"also": ("norm",)}, {"direction": "dora"}):
         with pytest.raises(ValueError, match="would need the plain weights of"):
             settings_on(home, "gptq", **fields)
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused(home):
     config = open_run(home / "int8").model.config
     with pytest.raises(ValueError, match="call `resolve` first"):
         assemble(settings, config)
-    settings = resolve(settings, None, open_named)
+    settings = resolve(settings, None, open_run)
     with pytest.raises(ValueError, match=r"has another model: .*layers"):
         assemble(settings, dataclasses.replace(config, layers=3))
     (method,) = settings.methods
@@ -148,10 +148,10 @@ def test_what_does_not_fit_is_refused(home):
 
 
 def test_settings_survive_json(home):
-    settings = resolve(settings_on(home, "gptq"), None, open_named)
+    settings = resolve(settings_on(home, "gptq"), None, open_run)
     again = from_json(json.loads(json.dumps(to_json(settings))), METHODS)
     assert again == settings
-    assert resolve(dataclasses.replace(settings_on(home, "gptq")), again, open_named) == again
+    assert resolve(dataclasses.replace(settings_on(home, "gptq")), again, open_run) == again
 
 
 def is_sum(node):

@@ -30,6 +30,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from model.extras import from_extra
+
 
 class Privacy(NamedTuple):
     """What a run has spent.
@@ -144,12 +146,6 @@ def _uses(batches: Sequence[int], n: int, share: float, rounding: int) -> dict[i
 
 
 def _library() -> Any:
-    try:
-        import dp_accounting
-        import dp_accounting.rdp
-    except ImportError as error:
-        raise ImportError(
-            "a private run says what it has spent with the library dp-accounting: "
-            "pip install -e '.[private]'"
-        ) from error
-    return dp_accounting
+    what = "a private run says what it has spent with the library dp-accounting"
+    from_extra("dp_accounting.rdp", "private", what)
+    return from_extra("dp_accounting", "private")

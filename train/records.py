@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from model.extras import from_extra
+
 Row = dict[str, Any]
 
 
@@ -112,11 +114,7 @@ class Record:
 
 def tensorboard_sink(folder: Path) -> Sink:
     """Writes numbers as TensorBoard scalars under `folder` (extra `log`)."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ImportError("TensorBoard logs need: pip install -e '.[log]'") from None
-    writer = SummaryWriter(str(folder))
+    writer = from_extra("tensorboardX", "log", "TensorBoard logs need").SummaryWriter(str(folder))
 
     def write(row: Row) -> None:
         for name, value in _numbers(row):
@@ -127,10 +125,7 @@ def tensorboard_sink(folder: Path) -> Sink:
 
 def wandb_sink(folder: Path, settings: dict[str, Any]) -> Sink:
     """Sends numbers to Weights & Biases (extra `wandb`), settings along with them."""
-    try:
-        import wandb
-    except ImportError:
-        raise ImportError("Weights & Biases needs: pip install -e '.[wandb]'") from None
+    wandb = from_extra("wandb", "wandb", "Weights & Biases needs")
     run = wandb.init(dir=str(folder), config=settings, resume="allow", id=folder.name)
 
     return Sink(lambda row: run.log(dict(_numbers(row)), step=row["step"]), run.finish)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from model.extras import from_extra
 from train.tasks.classification import Classification
 from train.tasks.rows import Row
 from train.tasks.rowwise import LABEL, template_for
@@ -27,14 +28,11 @@ def baseline(task: Classification) -> dict[str, Any]:
     Raises:
       ImportError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ImportError:
-        raise ImportError(
-            "the linear model needs scikit-learn: pip install -e '.[tasks]'"
-        ) from None
+    from_extra("sklearn", "tasks", "the linear model needs scikit-learn")
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     names = columns_of(template_for(task))
 
     def text(row: Row) -> str:

@@ -23,6 +23,7 @@ from experiments.baselines.settings import TorchBaseline
 from experiments.runs.assemble import initial_params
 from model import huggingface
 from model.config import TransformerConfig
+from model.extras import from_extra
 from model.huggingface_config import write_config
 from train.optimizers import AdamW, learning_rate_at
 from train.plugs import Metrics, PyTree, State
@@ -189,9 +190,5 @@ class _Later:
 
 
 def _torch() -> Any:
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError:
-        raise ImportError("the torch baseline needs: pip install -e '.[baseline]'") from None
-    return torch
+    from_extra("transformers", "baseline", "the torch baseline needs")
+    return from_extra("torch", "baseline", "the torch baseline needs")

@@ -195,6 +195,11 @@ def baselines_of(scale: Scale) -> tuple[str, ...]:
     return tuple(n for n in BASELINES if n not in LEARNS_AS or _how(scale, n) != usual)
 
 
+def rows_of(scale: Scale) -> list[str]:
+    """Returns the names of all rows of a scale, baselines first, from the bottom up."""
+    return [*baselines_of(scale), *(rung.name for rung in RUNGS)]
+
+
 def searched(name: str, baseline: str) -> bool:
     """Whether a row looks for the length that suits the loss of a baseline."""
     if name in BASELINES or baseline == TORCH_TUNED:

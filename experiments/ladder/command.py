@@ -19,6 +19,7 @@ from experiments.ladder.climb import (
     baselines_of,
     climb,
     enough,
+    rows_of,
     scale_named,
     searched,
     target_of,
@@ -250,7 +251,7 @@ def run_rungs(site: Site, names: Sequence[str], seeds: int, failures: Failures) 
       RuntimeError: a baseline failed: without it there is no target.
     """
     scale = site.scale
-    order = [*baselines_of(scale), *(rung.name for rung in RUNGS)]
+    order = rows_of(scale)
     chosen = [name for name in order if not names or name in names]
     for name in (TORCH, TORCH_TUNED):
         target_of(site, name, max(seeds if name in chosen else 0, scale.target_seeds))

@@ -17,15 +17,14 @@ from experiments.ladder.climb import (
     TORCH,
     TORCH_TUNED,
     Site,
-    baselines_of,
     bracket,
     enough,
     lengths_of,
+    rows_of,
     searched,
 )
 from experiments.ladder.measure import Reached, whole
 from experiments.ladder.rows import Ratio, mean_end, priced, ratio_of
-from experiments.ladder.rungs import RUNGS
 from experiments.ladder.side_by_side import speed_against, timed
 
 Planning = Mapping[tuple[str, int], set[int]]
@@ -93,7 +92,7 @@ def open_test(site: Site, names: Sequence[str], seeds: int, failures: Failures) 
       ValueError: no rung is named; one has not run on the validation split.
       TimeoutError: the minutes are up.
     """
-    order = [*baselines_of(site.scale), *(rung.name for rung in RUNGS)]
+    order = rows_of(site.scale)
     if not names:
         raise ValueError(
             "the test split is opened for rungs that are named, once they are chosen: --rung NAME"

@@ -14,6 +14,7 @@ from experiments.ladder.climb import (
     baselines_of,
     changed_since,
     recipe_for,
+    rows_of,
     searched,
 )
 from experiments.ladder.held_out import planned_ratio, planned_row
@@ -32,7 +33,7 @@ from experiments.ladder.rows import (
     ratio_in_turn,
     row_of,
 )
-from experiments.ladder.rungs import RUNGS, formats_of, rung_named
+from experiments.ladder.rungs import formats_of, rung_named
 from experiments.ladder.side_by_side import processors, speed_of, timed
 from experiments.tables.markdown import grid
 
@@ -234,8 +235,7 @@ def _steps(site: Site) -> list[str]:
     """Pace of every row on each processor that has timed some, and what follows from it."""
     target, where = mean_end(site, TORCH_TUNED), processors(site)
     # Those without runs as well: what is slower than another program is not to be passed over.
-    names = [*baselines_of(site.scale), *(rung.name for rung in RUNGS)]
-    rows = {name: row_of(site, name, target, TORCH_TUNED) for name in names}
+    rows = {n: row_of(site, n, target, TORCH_TUNED) for n in rows_of(site.scale)}
     body = []
     for name, row in rows.items():
         cells = []

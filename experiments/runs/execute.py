@@ -36,7 +36,7 @@ from experiments.runs.run import (
     STARTING,
     config_for,
     forget_start,
-    open_named,
+    open_run,
     phase_at,
     read_settings,
 )
@@ -72,7 +72,7 @@ def execute(
     out = Path(out)
     _agree(settings, out, execution)
     saved = read_settings(out) if (out / "settings.json").exists() else None
-    settings = resolve(settings, saved, open_named)
+    settings = resolve(settings, saved, open_run)
     _compare(settings, out)
     # Refuses a schedule that does not fit the steps, before any data is read.
     learning_rate_at(settings.optimizer, settings.schedule, settings.steps)

@@ -19,7 +19,7 @@ from experiments.methods.table import batch_map
 from experiments.runs.assemble import Parts, averages
 from experiments.runs.layout import Layout, everywhere, own_rows, place
 from experiments.runs.prepare import Corpora, check_lengths, describe, open_data
-from experiments.runs.run import open_named, phase_at
+from experiments.runs.run import open_run, phase_at
 from experiments.runs.task_data import TaskData, describe_task, open_task
 from experiments.tasks.table import REPORTS
 from model.transformer import Model
@@ -208,7 +208,7 @@ def _reading(settings: Settings, corpora: Corpora, out: Path) -> Reading:
     def dataset(phase: Phase) -> Any:
         return text_dataset(settings, corpora, phase)
 
-    return Reading(settings, facts, dataset, windows, out, open_named)
+    return Reading(settings, facts, dataset, windows, out, open_run)
 
 
 def _window_length(settings: Settings) -> int:

@@ -116,11 +116,6 @@ def open_run(folder: str | os.PathLike[str], step: int | None = None) -> Run:
     return Run(folder, settings, found.step, build_model(parts.config), params, tokenizer)
 
 
-def open_named(name: str) -> Run:
-    """Opens the run "RUN" or "RUN@STEP", as `open_run` does."""
-    return open_run(*parse_parent(name))
-
-
 def check_continues(run: Run) -> None:
     """Raises ValueError for a run whose model reads a source: it continues no text."""
     if isinstance(run.model.config, EncoderDecoderConfig):

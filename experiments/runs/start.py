@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from compress.export.stored import is_packed
 from compress.lora import adapted_paths, merged
-from experiments.run_names import parse_parent
 from experiments.runs.assemble import (
     Parts,
     abstract_frozen,
@@ -36,7 +35,7 @@ from experiments.runs.layout import (
     placed,
 )
 from experiments.runs.phases import enter_phase
-from experiments.runs.run import config_for, open_named, open_run, phase_at
+from experiments.runs.run import config_for, open_run, phase_at
 from model.config import TransformerConfig
 from model.grow import check_growth, grown, keeps_function, sources
 from model.heads import heads_of, without_heads
@@ -164,7 +163,7 @@ def _begin(
             params[name] = spread(head, of_params(layout, trained)[name])
         else:
             _say(f"its {name} is of other shapes than this run's and left out")
-    frozen = spread(first_frozen(parts, fixed, open_named), of_frozen(layout, frozen))
+    frozen = spread(first_frozen(parts, fixed, open_run), of_frozen(layout, frozen))
     state = jax.jit(
         lambda p, f: first_state(settings, parts, p, f),
         out_shardings=of_state(layout, abstract_state(settings, parts)),
@@ -185,7 +184,7 @@ def _adopt(
     """
     parent = settings.parent
     assert parent is not None
-    run = open_run(*parse_parent(parent))
+    run = open_run(parent)
     if run.tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ValueError(
             f"{parent} was trained with another tokenizer, whose ids mean other pieces; give this "

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from model.extras import from_extra
 from train.tasks.classification import Classification
 from train.tasks.regression import Regression
 from train.tasks.task import Examples
@@ -132,10 +133,4 @@ def calibration_error(labels_N: np.ndarray, p_NC: np.ndarray, bins: int = BINS) 
 
 def scikit_metrics() -> Any:
     """Returns `sklearn.metrics`; ImportError says what to install."""
-    try:
-        from sklearn import metrics
-    except ImportError:
-        raise ImportError(
-            "the figures of a task need scikit-learn: pip install -e '.[tasks]'"
-        ) from None
-    return metrics
+    return from_extra("sklearn.metrics", "tasks", "the figures of a task need scikit-learn")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from model.extras import from_extra
 from train.tasks.task import Examples
 from train.tasks.translation import Translation
 from train.text.parallel_text import SOURCE, TARGET
@@ -90,11 +91,6 @@ def texts_of(outputs: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> list[st
 
 def sacrebleu_metrics() -> tuple[Any, Any]:
     """Returns BLEU and chrF of sacrebleu; ImportError says what to install."""
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError:
-        raise ImportError(
-            "translations are scored by sacrebleu, which is not installed; pip install "
-            "-e '.[tasks]'"
-        ) from None
-    return BLEU(), CHRF()
+    what = "translations are scored by sacrebleu, which is not installed"
+    metrics = from_extra("sacrebleu.metrics", "tasks", what)
+    return metrics.BLEU(), metrics.CHRF()

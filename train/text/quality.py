@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from model.extras import from_extra
+
 Judge = Callable[[str], str | None]
 """Text of a document -> why it is left out, or None. May remember what it has seen."""
 
@@ -252,11 +254,4 @@ def _hashes(text: str, words: int) -> set[int]:
 
 
 def _library(module: str, package: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"this needs the library {package}: pip install -e '.[quality]'"
-        ) from error
+    return from_extra(module, "quality", f"this needs the library {package}")

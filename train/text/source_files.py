@@ -19,6 +19,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from model.extras import from_extra
+
 if TYPE_CHECKING:
     from train.tokenizers.tokenizer import Tokenizer
 
@@ -181,13 +183,8 @@ def _read_jsonl(path: Path, field: str, tokenizer: Tokenizer | None) -> Iterator
 
 def _read_parquet(path: Path, field: str, tokenizer: Tokenizer | None) -> Iterator[Piece]:
     """A document per row."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(
-            f"{path}: reading Parquet needs pyarrow: pip install -e '.[parquet]'"
-        ) from None
+    pyarrow = from_extra("pyarrow", "parquet", f"{path}: reading Parquet needs pyarrow")
+    from_extra("pyarrow.parquet", "parquet")
     with _open(path) as (stream, _), tempfile.TemporaryFile() as unpacked:
         if path.suffix == ".gz":  # Parquet is read from its end: in a gzip that needs all of it
             while block := stream.read(PIECE_BYTES):

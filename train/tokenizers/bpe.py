@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from model.extras import from_extra
 from train.tokenizers.pieces import PieceTokenizer, sha256, table_join
 
 # Names under which the end of a document is looked for among the special tokens, in this order.
@@ -112,15 +112,9 @@ def byte_alphabet() -> dict[str, int]:
     }
 
 
-def _library() -> ModuleType:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            "byte-level BPE and tokenizer.json need the library `tokenizers`:"
-            " pip install -e '.[hf]'"
-        ) from error
-    return tokenizers
+def _library() -> Any:
+    what = "byte-level BPE and tokenizer.json need the library `tokenizers`"
+    return from_extra("tokenizers", "hf", what)
 
 
 def _join(
