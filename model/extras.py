@@ -24,10 +24,12 @@ def from_extra(module: str, extra: str, what: str | None = None) -> Any:
     ...
     ImportError: this needs no_such_library: pip install -e '.[hf]'
     """
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        if error.name != package:
             raise  # it is there, and lacks something itself
-        said = f"this needs {error.name}" if what is None else what
+        said = f"this needs {package}" if what is None else what
         raise ImportError(f"{said}: pip install -e '.[{extra}]'") from None
+    return importlib.import_module(module)

@@ -113,7 +113,7 @@ def test_a_converted_run_opens_like_any_other(tmp_path, tokenizers, monkeypatch,
     text.write_text(TEXT * 40)
     call(evaluate, monkeypatch, "--run", again, "--data", text, "--protocol", "windows:16")
     assert "windows:16" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has no data; give --data"):
+    with pytest.raises(ValueError, match="has no running text of its own; give --data"):
         call(evaluate, monkeypatch, "--run", again)
 
     arguments = f"--steps 2 --batch-size 2 --sequence-length 16 --data {text} --out {child}"
