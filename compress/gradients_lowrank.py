@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from model.lapack import one_by_one
+
 
 class Factors(NamedTuple):
     """What a low-rank scheme decides.
@@ -55,6 +57,6 @@ def power_sgd(rank: int, key: jax.Array) -> Factors:
         return jax.random.normal(jax.random.fold_in(key, number), (layers, columns, rank), dtype)
 
     def orthogonalise(p_LNR: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(p_LNR)[0]
+        return one_by_one(jnp.linalg.qr, p_LNR)[0]
 
     return Factors(rank, start, orthogonalise)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.lapack import one_by_one
 from model.linear import at_least_float32, linear, take
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -294,14 +295,16 @@ def _factorize(
         H = hessian.astype(wide)
         mean = jnp.diagonal(H, axis1=-2, axis2=-1).mean(axis=-1)[..., None, None]
         identity = jnp.eye(H.shape[-1], dtype=wide).reshape((1,) * (H.ndim - 2) + H.shape[-2:])
-        root_II = jnp.linalg.cholesky(H + damping * mean * identity).swapaxes(-1, -2)
+        damped = H + damping * mean * identity
+        root_II = one_by_one(jnp.linalg.cholesky, damped).swapaxes(-1, -2)
         w_IO = jnp.matmul(root_II, w_IO, precision=HIGHEST)
-    left, values, right = jnp.linalg.svd(w_IO, full_matrices=False)
+    svd = functools.partial(jnp.linalg.svd, full_matrices=False)
+    left, values, right = one_by_one(svd, w_IO)
     # Each factor gets half of the size, so that both train at one learning rate.
     half = jnp.sqrt(values[..., :rank])
     a, b = left[..., :rank] * half[..., None, :], half[..., :, None] * right[..., :rank, :]
     if root_II is not None:
-        a = jax.scipy.linalg.solve_triangular(root_II, a)
+        a = one_by_one(jax.scipy.linalg.solve_triangular, root_II, a)
     low = LowRank(a.astype(w.dtype), b.astype(w.dtype))
     return low if axis == -2 else low.T
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.lax.linalg import triangular_solve
 
+from model.lapack import one_by_one
 from train.optimizers.matrix import MatrixSettings, map_to
 from train.optimizers.sides import side_sizes
 
@@ -179,13 +181,13 @@ def _learned(
     # The same probe for all matrices of a shape, whether they lie in one stack or in several.
     probe = jnp.broadcast_to(jax.random.normal(key, m.shape[-2:], jnp.float32), m.shape)
     if left.ndim == m.ndim:
-        b = triangular_solve(left, probe, left_side=True, lower=False, transpose_a=True)
+        b = one_by_one(
+            functools.partial(triangular_solve, left_side=True, transpose_a=True), left, probe
+        )
     else:
         b = probe / left[..., :, None]
-    if right.ndim == m.ndim:
-        b = triangular_solve(right, b, left_side=False, lower=False)
-    else:
-        b = b / right[..., None, :]
+    full = right.ndim == m.ndim
+    b = one_by_one(triangular_solve, right, b) if full else b / right[..., None, :]
     left = _stepped(left, a, b, rate, m.ndim)
     right = _stepped(right, a.mT, b.mT, rate, m.ndim)
     sizes = [jnp.abs(q).max(axis=tuple(range(m.ndim - 2, q.ndim))) for q in (left, right)]

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.lapack import one_by_one
+
 Coefficients = tuple[tuple[float, float, float], ...]
 Form = Literal["auto", "plain", "gram"]
 Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
@@ -204,7 +206,7 @@ def _preconditioned(x: jax.Array, kind: Preconditioning) -> jax.Array:
     if kind == "frobenius":
         size = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
     elif kind == "spectral":
-        size = jnp.linalg.norm(x, ord=2, axis=(-2, -1), keepdims=True)
+        size = one_by_one(lambda one: jnp.linalg.norm(one, ord=2, keepdims=True), x)
     elif kind == "aol":
         size = jnp.sqrt(jnp.abs(x @ x.mT).sum(axis=-1, keepdims=True))
     elif kind == "schatten":

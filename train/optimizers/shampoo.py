@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from model.lapack import one_by_one
 from train.optimizers.matrix import MatrixSettings, frobenius, map_to
 from train.optimizers.sides import for_each_matrix, moments_by_side, zeros_by_side
 
@@ -166,7 +167,7 @@ def _inverse_root(matrices: jax.Array, power: float, eps: float) -> jax.Array:
     The identity for a matrix of zeros, of which nothing is known: a root is kept for many updates,
     and one that is as large as numbers go would blow up the first gradient that comes.
     """
-    values, vectors = jnp.linalg.eigh(matrices)
+    values, vectors = one_by_one(jnp.linalg.eigh, matrices)
     largest = values[..., -1:]
     floor = jnp.where(largest > 0, jnp.maximum(eps * largest, 1e-30), 1.0)
     return (vectors * (jnp.maximum(values, 0.0) + floor)[..., None, :] ** -power) @ vectors.mT

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from model.lapack import one_by_one
 from train.optimizers.matrix import MatrixSettings, map_to
 from train.optimizers.sides import for_each_matrix, moments_by_side, rotated, zeros_by_side
 
@@ -148,7 +149,7 @@ def _fresh(nu, left, right, left_basis, right_basis):
     """Eigenvectors, those of the largest eigenvalues first."""
 
     def vectors(matrices):
-        return jnp.linalg.eigh(matrices)[1][..., ::-1]
+        return one_by_one(jnp.linalg.eigh, matrices)[1][..., ::-1]
 
     return nu, for_each_matrix(vectors, left), for_each_matrix(vectors, right)
 
@@ -162,6 +163,8 @@ def _refreshed(nu, left, right, left_basis, right_basis):
             order = jnp.argsort(-values, axis=-1)
             nu = jnp.take_along_axis(nu, jnp.expand_dims(order, -3 - axis), axis=axis)
             basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
-            basis = for_each_matrix(lambda m, q: jnp.linalg.qr(m @ q)[0], matrices, basis)
+            basis = for_each_matrix(
+                lambda m, q: one_by_one(jnp.linalg.qr, m @ q)[0], matrices, basis
+            )
         bases.append(basis)
     return nu, *bases
