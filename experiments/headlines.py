@@ -27,6 +27,7 @@ from experiments.ladder.climb import (
 )
 from experiments.ladder.rows import Ratio, curves_of, mean_end, names_of, ratio_in_turn, row_of
 from experiments.ladder.scales import Scale
+from experiments.ladder.side_by_side import processors
 from experiments.tables.markdown import grid
 from experiments.tables.report import read
 from model.flops import parameter_count
@@ -59,7 +60,7 @@ def speedrun(path: Path, scale: Scale) -> str:
     shown = {name: body for name, body in bodies.items() if f"{name}, test" not in bodies}
     if not shown:
         return ""
-    head = ["data", "rung", *(f"to the {where}" for where in AGAINST)]
+    head = ["data", "rung", *(f"to the {where}" for where in AGAINST), "timed on"]
     rows = [[name, *row] for name, body in shown.items() for row in body]
     return "\n".join(
         [
@@ -69,7 +70,7 @@ def speedrun(path: Path, scale: Scale) -> str:
             f"steps that were timed in turn; means over {CLAIM} paired seeds at least ± standard "
             f"errors, with p < {CLEAR}.",
             "",
-            *grid(head, rows, "llrrr"),
+            *grid(head, rows, "llrrrl"),
             "",
             f"`python -m experiments.speedrun --scale {scale.name}`: all rungs, targets and "
             f"p-values in [{path.stem}.md](experiments/results/{path.stem}.md).",
@@ -83,7 +84,8 @@ def _headlines(site: Site) -> list[list[str]]:
         return []
     rungs = [name for name in names_of(site) if name not in BASELINES and searched(name, TORCH)]
     rungs = [name for name in rungs if len(curves_of(site, name)) >= CLAIM]  # less is no claim
-    return [[name, *_ratios(site, name, targets)] for name in rungs]
+    where = next(iter(processors(site)), "")  # whose steps the seconds are of
+    return [[name, *_ratios(site, name, targets), where] for name in rungs]
 
 
 def _ratios(site: Site, name: str, targets: dict[str, float]) -> list[str]:

@@ -11,7 +11,7 @@ from experiments.ladder.climb import TORCH, TORCH_TUNED, Site, recipe_key, scale
 from experiments.ladder.command import run_ladder
 from experiments.ladder.rows import mean_end, ratio, row_of
 from experiments.ladder.scales import TINY
-from experiments.ladder.side_by_side import item_of
+from experiments.ladder.side_by_side import item_of, processors
 from experiments.tables.report import read, write_data
 from tests.ladder_cases import ladder
 
@@ -47,13 +47,14 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
     gathered.index[table][item.name] = {"0": item.key}
     before = speedrun(path, TINY)
     write_data(path, gathered)
-    for *_, first, tuned, compiled in rows_of(before)[1:]:  # the runs' own seconds are no claim
+    for _, _, first, tuned, compiled, _ in rows_of(before)[1:]:  # the runs' own seconds are no claim
         assert (first, tuned, compiled) == ("not timed", "not timed", "not run")
 
     text = speedrun(path, TINY)
     body = rows_of(text)[1:]
     assert [row[:2] for row in body] == [[table, "jax"], [table, "muon"]]  # no other is a headline
-    for _, name, first, tuned, compiled in body:
+    for _, name, first, tuned, compiled, where in body:
+        assert where == processors(site)[0]
         assert (first, compiled) == ("not timed", "not run")  # the first baseline has not been
         target = mean_end(site, TORCH_TUNED)
         two = [row_of(site, each, target, TORCH_TUNED) for each in (name, TORCH_TUNED)]
