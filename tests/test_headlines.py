@@ -47,7 +47,7 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
     gathered.index[table][item.name] = {"0": item.key}
     before = speedrun(path, TINY)
     write_data(path, gathered)
-    for _, _, first, tuned, compiled, _ in rows_of(before)[1:]:  # the runs' own seconds are no claim
+    for _, _, first, tuned, compiled, _ in rows_of(before)[1:]:  # seconds of runs are no claim
         assert (first, tuned, compiled) == ("not timed", "not timed", "not run")
 
     text = speedrun(path, TINY)
