@@ -18,13 +18,14 @@ from experiments.grid import Cell, Result, run_cells
 from experiments.json_files import write_json
 from experiments.machine import machine
 from experiments.protocol import Time, table, time_to
-from experiments.recipes import DEMO, baseline, recommended
+from experiments.recipes import DEMO, PAIRS, baseline, recommended
 from experiments.runs.execute import Execution
 from experiments.runs.run import open_run
 from model.flops import parameter_count
 from model.generate import Sampling, generate
 from train.loop import LoopSettings
 
+SIZE = dataclasses.replace(DEMO, bigram_rows=PAIRS)
 STEPS = 400  # about a minute of the baseline's training on two cores
 RECIPE_STEPS = 40  # what the recipe's schedule spans where it stops at the target
 EVALUATIONS = 8  # of the runs of full length; one costs about two seconds
@@ -43,21 +44,21 @@ def run_demo(out: Path, seed: int, cells: Path) -> None:
     whole = LoopSettings(evaluate_every=STEPS // EVALUATIONS)
     base = _run(
         f"1. baseline: GPT-2 block, Adam at a constant 1e-4, {STEPS} steps",
-        Cell("baseline", baseline(DEMO, STEPS, seed), whole),
+        Cell("baseline", baseline(SIZE, STEPS, seed), whole),
         cells,
     )
     ours = _run(
-        f"2. recommended: modern block, Muon, until the baseline's loss of {base.loss:.4f}",
+        f"2. recommended: modern block, Muon, pairs of tokens, until the baseline's loss of {base.loss:.4f}",
         Cell(
             "recommended",
-            recommended(DEMO, RECIPE_STEPS, seed),
+            recommended(SIZE, RECIPE_STEPS, seed),
             LoopSettings(evaluate_every=CLOSE, target_loss=base.loss),
         ),
         cells,
     )
     longer = _run(
         f"3. recommended: for as many steps as the baseline, {STEPS}",
-        Cell("recommended", recommended(DEMO, STEPS, seed), whole),
+        Cell("recommended", recommended(SIZE, STEPS, seed), whole),
         cells,
     )
     times = [time_to(result, base.loss) for result in (base, ours)]
