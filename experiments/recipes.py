@@ -36,8 +36,8 @@ class Size:
 # default (0.016, 0.0032) ended at a validation loss of 4.75, (0.03, 0.006) at 4.56 and this one at
 # 4.34. Over the 2,000 steps of `experiments.shakespeare` the default ended lower (1.567 to 1.582).
 FEW_STEPS = Muon(learning_rate=0.03, adam_learning_rate=0.012)
-# Rows that the trials of the ladder chose. Bytes have few pairs, which 500 steps on Tiny Shakespeare
-# learn by themselves: there it ended at 1.753 in place of 1.766 nats, with dearer steps.
+# Rows that the trials of the ladder chose. Bytes have few pairs, which 500 steps on Tiny
+# Shakespeare learn by themselves: it ended at 1.753 for 1.766 nats there, with dearer steps.
 PAIRS = 32_768
 DEMO = Size(("stdlib",), "sentencepiece:2048", 16, 128, 4, width=128, heads=4, optimizer=FEW_STEPS)
 

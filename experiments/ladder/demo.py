@@ -48,7 +48,8 @@ def run_demo(out: Path, seed: int, cells: Path) -> None:
         cells,
     )
     ours = _run(
-        f"2. recommended: modern block, Muon, pairs of tokens, until the baseline's loss of {base.loss:.4f}",
+        "2. recommended: modern block, Muon, pairs of tokens, until the baseline's loss of "
+        f"{base.loss:.4f}",
         Cell(
             "recommended",
             recommended(SIZE, RECIPE_STEPS, seed),
