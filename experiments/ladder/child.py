@@ -28,6 +28,7 @@ from experiments.methods.table import METHODS
 from experiments.runs.execute import Execution
 from train.loop import LoopSettings
 from train.settings import from_json, to_json
+from train.stop import stop_requests
 
 Job = Cell | BaselineCell
 FACTS = "process.json"  # beside result.json: machine, peak of memory, threads, seconds outside
@@ -45,12 +46,30 @@ def run_apart(job: Job, folder: Path) -> None:
     write_json(path, {**job_to_json(job), "started": time.time()})
     command = [sys.executable, "-m", "experiments.ladder.child", str(path), str(folder)]
     environment = {**os.environ, **environment_of(job)}
-    status = subprocess.run(command, env=environment, check=False).returncode
-    if status in (130, -2, 143, -15):
+    with subprocess.Popen(command, env=environment) as process:
+        status, stopped = ended(process)
+    if stopped or status in (130, -2, 143, -15):
         raise KeyboardInterrupt(f"{job.name} was stopped; the same command goes on from there")
     if status:
         raise RuntimeError(f"{job.name} failed with status {status}; what it said stands above")
     path.unlink()
+
+
+def ended(process: subprocess.Popen[Any]) -> tuple[int, bool]:
+    """Waits for a process, and returns its status and whether this one has been asked to stop.
+
+    Of SIGTERM to this process the other one knows nothing, and would go on alone beside whoever
+    starts the command again; of Ctrl-C both know. It is told once and waited for, since it saves.
+    """
+    with stop_requests() as requested:
+        told = False
+        while True:
+            try:
+                return process.wait(timeout=0.2), requested() is not None
+            except subprocess.TimeoutExpired:
+                if requested() is not None and not told:
+                    process.terminate()
+                    told = True
 
 
 def run_here(job: Job, folder: Path, started: float | None = None) -> None:
