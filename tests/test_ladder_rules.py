@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.ladder import command as ladder_command
-from experiments.ladder import report, rows
+from experiments.ladder import report, rows, side_by_side
 from experiments.ladder.climb import (
     BASELINES,
     TORCH,
@@ -26,7 +26,15 @@ from experiments.ladder.command import run_ladder
 from experiments.ladder.pictures import draw
 from experiments.ladder.report import render
 from experiments.ladder.scales import CPU, TINY
-from experiments.ladder.side_by_side import item_of, processors, speed_against, speed_of
+from experiments.ladder.side_by_side import (
+    clock_of,
+    item_of,
+    measure,
+    processors,
+    speed_against,
+    speed_of,
+)
+from experiments.ladder.turns import Taken, settings_of
 from experiments.tables.gathered import Gathered
 from experiments.tables.report import read
 from tests.ladder_cases import Counting, cells_of, fake, ladder, row
@@ -93,13 +101,48 @@ def test_steps_side_by_side_count_for_todays_recipes_alone(tmp_path):
     assert speed_against(site, "muon", "rate") is None
 
 
+def test_a_row_timed_with_another_one_is_compared_by_that(tmp_path):
+    site = Site(with_rate(0.02), tmp_path, Gathered({}))
+    put_speeds(site, {"muon": 0.5, "rate": 0.8})
+    put_speeds(site, {"muon": 0.7}, to="rate")
+    assert speed_against(site, "muon", "rate").ratio == 0.7
+    assert speed_against(site, "rate", "muon").ratio == pytest.approx(0.8 / 0.5)
+    assert speed_of(site, "muon").ratio == 0.5
+    assert processors(site) == ["one, 2 cores"]
+    assert clock_of(site, "muon").token == pytest.approx(2e-3)
+    other = dataclasses.replace(site, scale=with_rate(0.03))
+    put_speeds(other, {"muon": 0.5})
+    assert speed_against(other, "muon", "rate").ratio == pytest.approx(0.5 / 0.8)
+
+
+def test_a_token_of_a_run_takes_what_its_phases_take_by_their_shares(tmp_path, monkeypatch):
+    """And compiling them is compiling them all."""
+    site = Site(TINY, tmp_path, Gathered({}))
+    phases = settings_of(job_of(TINY, "length", TINY.tokens, 0)).phases
+    tokens = [phase.steps * phase.batch_size * phase.sequence_length for phase in phases]
+    assert len(phases) == 3
+
+    def turns(sides, rounds):
+        seconds = {"mine 0": 1.0, "mine 1": 2.0, "mine 2": 4.0, "theirs 0": 2.0}
+        assert list(sides) == list(seconds)
+        return {side: Taken([taken] * rounds, 5, 7) for side, taken in seconds.items()}
+
+    monkeypatch.setattr(side_by_side, "take_turns", turns)
+    measure(site, "length")
+    (values,) = (cell["values"] for cell in site.gathered.cells.values())
+    mean = sum(count * taken for count, taken in zip(tokens, (1, 2, 4), strict=True)) / sum(tokens)
+    assert values["ratio"] == pytest.approx(2 / mean)
+    assert (values["compiling"], values["starting"]) == (15, 17)
+    assert values["baseline"] == {"token": 2.0, "compiling": 5, "starting": 7}
+
+
 BASE = {"token": 1e-3, "compiling": 1.0, "starting": 2.0}
 
 
-def put_speeds(site, speeds, processor="one"):
+def put_speeds(site, speeds, processor="one", to=TORCH_TUNED):
     for name, ratio in speeds.items():
-        item = item_of(site, name, f"{processor}, 2 cores")
-        recipes = [recipe_key(site.scale, each) for each in (name, TORCH_TUNED)]
+        item = item_of(site, name, f"{processor}, 2 cores", to)
+        recipes = [recipe_key(site.scale, each) for each in (name, to)]
         values = {"quartiles": [ratio, 1.1 * ratio], "rounds": 9, "recipes": recipes}
         values |= {"compiling": 3.0, "starting": 4.0, "baseline": BASE}
         site.gathered.add(item, {"ratio": ratio, **values}, {"processor": processor, "cores": 2})

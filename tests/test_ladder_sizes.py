@@ -9,7 +9,7 @@ import pytest
 from experiments.ladder import side_by_side
 from experiments.ladder.climb import TORCH_TUNED
 from experiments.ladder.command import run_ladder
-from experiments.ladder.rungs import recipe_of
+from experiments.ladder.rungs import below, recipe_of
 from experiments.ladder.scales import CPU, TINY
 from experiments.ladder.sizes import line, scales_of
 from experiments.ladder.turns import Taken
@@ -39,9 +39,10 @@ def test_ratios_at_sizes_are_of_tokens_at_the_pace_of_steps_timed_in_turn(tmp_pa
     before = cells_of(run_ladder(command)[1].read_text(), "muon, to rate")
     seconds = {"rate": 1e-3, "muon": 2e-3}
 
-    def turns(sides):
-        name = sides["rung"].job.name.partition(",")[0]
-        return {"rung": Taken([seconds[name]] * 9, 1, 2), TORCH_TUNED: Taken([1e-3] * 9, 1, 2)}
+    def turns(sides, rounds):
+        name = sides["mine 0"].job.name.partition(",")[0]
+        found = {"mine 0": seconds[name], "theirs 0": 1e-3}
+        return {side: Taken([taken] * rounds, 1, 2) for side, taken in found.items()}
 
     monkeypatch.setattr(side_by_side, "take_turns", turns)
     timed = dataclasses.replace(command, side_by_side=True)
@@ -57,9 +58,9 @@ def test_ratios_at_sizes_are_of_tokens_at_the_pace_of_steps_timed_in_turn(tmp_pa
 def test_steps_are_timed_anew_without_the_runs(tmp_path, monkeypatch):
     taken = []
 
-    def turns(sides):
-        taken.append(sides["rung"].job.name.partition(",")[0])
-        return {name: Taken([1e-3 * len(taken)] * 9, 1, 2) for name in sides}
+    def turns(sides, rounds):
+        taken.append([sides[side].job.name.partition(",")[0] for side in ("mine 0", "theirs 0")])
+        return {name: Taken([1e-3 * len(taken)] * rounds, 1, 2) for name in sides}
 
     monkeypatch.setattr(side_by_side, "take_turns", turns)
     chosen = ("torch-tuned", "rate", "muon")
@@ -69,15 +70,17 @@ def test_steps_are_timed_anew_without_the_runs(tmp_path, monkeypatch):
     run_ladder(timed)
     before = read(path)
     run_ladder(timed)
-    assert taken == ["rate", "muon"]
+    of_muon = [["muon", TORCH_TUNED], ["muon", below("muon")]]
+    both = [["rate", TORCH_TUNED], ["rate", below("rate")], *of_muon]
+    assert taken == both
     run_ladder(dataclasses.replace(timed, fresh=True))
-    assert taken == ["rate", "muon"] * 2
+    assert taken == both * 2
     after = read(path)
     changed = {key for key, cell in after.cells.items() if cell != before.cells[key]}
-    assert len(changed) == 2
+    assert len(changed) == len(both)
     assert after.index == before.index
     run_ladder(dataclasses.replace(timed, rung=("muon",), fresh=True))
-    assert taken == [*["rate", "muon"] * 2, "muon"]
+    assert taken == [*both * 2, *of_muon]
     run_ladder(dataclasses.replace(runs, run=(again := Counting())))
     assert again.ran == []
 

@@ -10,6 +10,7 @@ from experiments.attempts import Failures
 from experiments.json_files import write_text
 from experiments.ladder.child import run_apart
 from experiments.ladder.climb import (
+    BASELINES,
     LEARNS_AS,
     TORCH,
     TORCH_TUNED,
@@ -28,9 +29,9 @@ from experiments.ladder.held_out import open_test
 from experiments.ladder.pictures import draw
 from experiments.ladder.report import render
 from experiments.ladder.rows import mean_end
-from experiments.ladder.rungs import RUNGS, rung_named
+from experiments.ladder.rungs import RUNGS, below, rung_named
 from experiments.ladder.scales import SCALES, Choices, HeldOut, Scale
-from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure, processor_of
+from experiments.ladder.side_by_side import SIDE_BY_SIDE, measure, name_of, processor_of
 from experiments.ladder.trials import chain, tuned_on
 from experiments.ladder.tune import run_tuning, standing, tuning_path
 from experiments.ladder.turns import pace
@@ -171,6 +172,8 @@ def _run(command: Ladder, site: Site, failures: Failures) -> None:
     for name in command.rung or (*others, *(rung.name for rung in RUNGS)):
         with failures.passed_over(SIDE_BY_SIDE + name):
             measure(site, name)
+            if name not in BASELINES and (under := below(name)):
+                measure(site, name, under)
 
 
 def _trials_of(command: Ladder, site: Site) -> Site:
@@ -198,7 +201,7 @@ def _forget(site: Site, command: Ladder) -> None:
             if command.tune:
                 name = table.rpartition(": ")[2].partition(", ")[0]
             else:
-                name = timed.removesuffix(f" on {here}") if timed != title else title.split(", ")[0]
+                name = name_of(title, here) if timed != title else title.split(", ")[0]
             if " on " not in name and (not names or name in names):
                 for key in rows.pop(title).values():
                     site.gathered.cells.pop(key, None)

@@ -66,7 +66,9 @@ def _seconds(site: Site) -> str:
         f"rung and tuned baseline, with {_beside(site)} on the machine ({processors(site)[0]}); "
         "the runs that found how many tokens a rung needs may have shared it. Compiling: the first "
         "step of every phase. Cold: from the start of the process, imports and compilation "
-        "included, without reading the data, evaluations and checkpoints. A row without seconds "
+        "included, without reading the data, evaluations and checkpoints. The ratio of a rung to "
+        "the one below is of the steps of these two in turn where they were, and so need not be "
+        "that of their seconds. A row without seconds "
         'has not been timed on that machine; what others have timed stands under "Steps in turn".'
     )
 

@@ -2,7 +2,8 @@
 
 Seconds of whole runs are those of the hour they ran in. Here the step of each rung and that of the
 tuned baseline take turns, each in a process of its own, and their ratio is the median over rounds.
-From them the seconds of a rung are those of its tokens, so that runs may share the machine.
+From them the seconds of a rung are those of its tokens, so that runs may share the machine. What
+decides whether a rung pays is timed once more by itself: its step and that of the rung below.
 
 How fast one side's forms are beside the other's is a matter of the processor. Steps are timed on
 each one apart, and seconds are those of the processor that has timed the most rows.
@@ -19,6 +20,7 @@ import numpy as np
 
 from experiments.busy import busy_cores
 from experiments.grid import Measurement
+from experiments.ladder.child import Job
 from experiments.ladder.climb import (
     TORCH_TUNED,
     Site,
@@ -34,13 +36,15 @@ from experiments.tables.ratios import paired
 
 SIDE_BY_SIDE = "side by side, "
 """What titles of timed steps begin with; a row follows."""
+_BESIDE = " beside "  # and what stands before the other row, where that is not the tuned baseline
+PAIR_ROUNDS = 21  # of a rung and the one below: the few percent between them are to be told apart
 
 
 class Speed(NamedTuple):
     """How many times as many tokens a row learns from in a second as another one.
 
     Attributes:
-      ratio: the median over rounds in turn.
+      ratio: the median over rounds in turn, or what follows from two such medians.
       error: standard error of its logarithm.
     """
 
@@ -76,25 +80,38 @@ def processor_of(facts: Mapping[str, Any]) -> str:
     return str(facts.get("gpu", f"{facts.get('processor', '')}, {facts.get('cores', 0)} cores"))
 
 
-def item_of(site: Site, name: str, processor: str) -> Measurement:
-    """Returns the measurement of a rung, or of a baseline against the tuned one."""
-    jobs = [job_of(site.scale, each, site.scale.tokens, 0) for each in (name, TORCH_TUNED)]
-    about = {"side by side": [job.key for job in jobs], "rounds": ROUNDS, "tokens": TOKENS}
+def item_of(site: Site, name: str, processor: str, to: str = TORCH_TUNED) -> Measurement:
+    """Returns the measurement of a row against another one."""
+    jobs = [job_of(site.scale, each, site.scale.tokens, 0) for each in (name, to)]
+    rounds = {"rounds": _rounds(to), "tokens": TOKENS}
+    about = {"side by side": [job.key for job in jobs], **rounds, "processor": processor}
     needs = tuple(map(settings_cell, jobs))
-    return Measurement(title_of(name, processor), {**about, "processor": processor}, dict, needs)
+    return Measurement(title_of(name, processor, to), about, dict, needs)
 
 
-def title_of(name: str, processor: str) -> str:
+def title_of(name: str, processor: str, to: str = TORCH_TUNED) -> str:
     """Returns the title under which the steps of a row stand.
 
-    >>> title_of("muon", "AMD EPYC, 2 cores")
-    'side by side, muon on AMD EPYC, 2 cores'
+    >>> title_of("muon", "AMD EPYC, 2 cores", to="block")
+    'side by side, muon beside block on AMD EPYC, 2 cores'
     """
-    return f"{SIDE_BY_SIDE}{name} on {processor}"
+    beside = "" if to == TORCH_TUNED else _BESIDE + to
+    return f"{SIDE_BY_SIDE}{name}{beside} on {processor}"
 
 
-def measure(site: Site, name: str) -> None:
-    """Takes in how many times as long the tuned baseline takes for a token as a rung does.
+def name_of(title: str, processor: str) -> str:
+    """Returns the row of such a title if the processor is its own, and all of it otherwise.
+
+    >>> name_of("side by side, muon beside block on A, 2 cores", "A, 2 cores")
+    'muon'
+    """
+    rows = title.removeprefix(SIDE_BY_SIDE)
+    own = rows.removesuffix(f" on {processor}")
+    return rows if own == rows else own.partition(_BESIDE)[0]
+
+
+def measure(site: Site, name: str, to: str = TORCH_TUNED) -> None:
+    """Takes in how many times as long another row takes for a token as a row does.
 
     Does nothing if that is known of the processor at hand.
 
@@ -102,19 +119,23 @@ def measure(site: Site, name: str) -> None:
       TimeoutError: the minutes are up.
     """
     facts = machine()
-    item = item_of(site, name, processor_of(facts))
+    item = item_of(site, name, processor_of(facts), to)
     seeds = site.gathered.index.setdefault(_table(site), {}).setdefault(item.name, {})
     if not site.gathered.has(item):
         site.begin(item.name)
         others = {"busy": busy_cores()}
-        values = {**_measured(site, name), "recipes": _recipes(site.scale, name), **others}
+        values = {**_measured(site, name, to), "recipes": _recipes(site.scale, name, to), **others}
         site.gathered.add(item, values, facts)
     seeds["0"] = item.key
     site.save()
 
 
-def speed_of(site: Site, name: str, processor: str | None = None) -> Speed | None:
-    """Returns the ratio of seconds a token, above 1 for a rung faster than the tuned baseline.
+def speed_of(
+    site: Site, name: str, processor: str | None = None, to: str = TORCH_TUNED
+) -> Speed | None:
+    """Returns the ratio of seconds a token, above 1 for a row faster than the tuned baseline.
+
+    Or than another row that it was timed with.
 
     Of a median over n normal rounds with quartiles q1 and q3, 1.25 (q3 - q1) / (1.35 sqrt(n)) is
     the standard error.
@@ -122,10 +143,10 @@ def speed_of(site: Site, name: str, processor: str | None = None) -> Speed | Non
     None if it has not been measured, or of other recipes than today's. It is the same on either
     split. The processor is the one that has timed the most rows unless one is given.
     """
-    if name == TORCH_TUNED:
+    if name == to:
         return EQUAL
-    values = _items(site, processor).get(name)
-    if values is None or values["recipes"] != _recipes(site.scale, name):
+    values = _items(site, processor, to).get(name)
+    if values is None or values["recipes"] != _recipes(site.scale, name, to):
         return None
     low, high = values["quartiles"]
     return Speed(
@@ -134,7 +155,12 @@ def speed_of(site: Site, name: str, processor: str | None = None) -> Speed | Non
 
 
 def speed_against(site: Site, name: str, other: str, processor: str | None = None) -> Speed | None:
-    """Returns the ratio of seconds a token of any row to a row, each by the tuned baseline's."""
+    """Returns the ratio of seconds a token of any row to a row.
+
+    As timed in turn where they were, and otherwise each by the tuned baseline's.
+    """
+    if direct := speed_of(site, name, processor, other):
+        return direct
     mine, theirs = (speed_of(site, each, processor) for each in (name, other))
     if mine is None or theirs is None:
         return None
@@ -175,64 +201,92 @@ def busy(site: Site) -> float:
     return max((values.get("busy") or 0.0 for values in _items(site).values()), default=0.0)
 
 
-def _items(site: Site, processor: str | None = None) -> dict[str, Mapping[str, Any]]:
-    """All that one processor has timed of the data set, by row."""
+def _items(
+    site: Site, processor: str | None = None, to: str = TORCH_TUNED
+) -> dict[str, Mapping[str, Any]]:
+    """All that one processor has timed of the data set against a row, by the other one."""
     chosen = next(iter(processors(site)), "") if processor is None else processor
-    return {name: values for where, name, values in _timings(site) if where == chosen}
+    return {name: values for where, name, values in _timings(site, to) if where == chosen}
 
 
-def _timings(site: Site) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Yields processor, row and figures of all that was timed against today's tuned baseline."""
-    today = recipe_key(site.scale, TORCH_TUNED)
+def _timings(site: Site, to: str = TORCH_TUNED) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yields processor, row and figures of all that was timed against a row of today's recipe."""
+    today = recipe_key(site.scale, to)
     for title, seeds in site.gathered.index.get(_table(site), {}).items():
         cell = site.gathered.cells.get(seeds.get("0", ""))
         if cell is None or not title.startswith(SIDE_BY_SIDE):
             continue
         if cell["values"].get("recipes", [])[1:] == [today]:
-            name, _, _ = title.removeprefix(SIDE_BY_SIDE).partition(" on ")
-            facts = site.gathered.machines[cell["machine"]]
-            yield processor_of(facts), name, cell["values"]
+            rows, _, _ = title.removeprefix(SIDE_BY_SIDE).partition(" on ")
+            name, _, other = rows.partition(_BESIDE)
+            if (other or TORCH_TUNED) == to:
+                facts = site.gathered.machines[cell["machine"]]
+                yield processor_of(facts), name, cell["values"]
 
 
-def _recipes(scale: Scale, name: str) -> list[str]:
-    return [recipe_key(scale, each) for each in (name, TORCH_TUNED)]
+def _rounds(to: str) -> int:
+    return ROUNDS if to == TORCH_TUNED else PAIR_ROUNDS
+
+
+def _recipes(scale: Scale, name: str, to: str = TORCH_TUNED) -> list[str]:
+    return [recipe_key(scale, each) for each in (name, to)]
 
 
 def _table(site: Site) -> str:
     return data_name(site.scale.at(held_out="validation"))
 
 
-def _measured(site: Site, name: str) -> dict[str, Any]:
-    """Each phase of a rung beside the step of the tuned baseline, and the whole run."""
-    job, other = (job_of(site.scale, each, site.scale.tokens, 0) for each in (name, TORCH_TUNED))
+class _Side(NamedTuple):
+    """A row in turns: each of its phases has a process.
+
+    Attributes:
+      job: of the row.
+      shares: of the run's tokens, by phase.
+    """
+
+    job: Job
+    shares: list[float]
+
+    def turns(self, label: str) -> dict[str, Turn]:
+        return {f"{label} {phase}": Turn(self.job, phase) for phase in range(len(self.shares))}
+
+    def seconds(self, taken: list[Taken]) -> list[float]:
+        """For a token of the run, in every round."""
+        of_phases = np.asarray([each.seconds for each in taken])
+        return (np.asarray(self.shares) @ of_phases).tolist()
+
+
+def _measured(site: Site, name: str, to: str) -> dict[str, Any]:
+    """All phases of a row in turn with those of another one, and the whole runs."""
+    mine, theirs = (_side(site, each) for each in (name, to))
+    taken = take_turns({**mine.turns("mine"), **theirs.turns("theirs")}, _rounds(to))
+    my_steps, their_steps = (
+        [each for label, each in taken.items() if label.startswith(whose)]
+        for whose in ("mine", "theirs")
+    )
+    found = paired(theirs.seconds(their_steps), mine.seconds(my_steps))
+    own, other = _costs(my_steps), _costs(their_steps)
+    token = float(np.median(theirs.seconds(their_steps)))
+    return {
+        "ratio": found["ratio"],
+        "quartiles": list(found["quartiles"]),
+        "rounds": _rounds(to),
+        "shares": mine.shares,
+        **own,
+        "baseline": {"token": token, **other},
+    }
+
+
+def _side(site: Site, name: str) -> _Side:
+    job = job_of(site.scale, name, site.scale.tokens, 0)
     phases = settings_of(job).phases
     tokens = [phase.steps * phase.batch_size * phase.sequence_length for phase in phases]
-    found: list[list[float]] = []  # phase -> ratio and its quartiles
-    mine: list[Taken] = []
-    theirs: list[Taken] = []
-    for index in range(len(phases)):
-        taken = take_turns({"rung": Turn(job, index), TORCH_TUNED: Turn(other)})
-        mine.append(taken["rung"])
-        theirs.append(taken[TORCH_TUNED])
-        one = paired(theirs[-1].seconds, mine[-1].seconds)
-        found.append([one["ratio"], *one["quartiles"]])
-    # Of a token of the run: each phase's share of the tokens takes 1 / ratio of the baseline's.
-    shares = [count / sum(tokens) for count in tokens]
-    ratio, low, high = (
-        1.0 / sum(share / each[place] for share, each in zip(shares, found, strict=True))
-        for place in range(3)
-    )
+    return _Side(job, [count / sum(tokens) for count in tokens])
+
+
+def _costs(steps: list[Taken]) -> dict[str, float]:
+    """Of compiling all phases, and of starting with the first and going on to the others."""
     return {
-        "ratio": ratio,
-        "quartiles": [low, high],
-        "rounds": ROUNDS,
-        "phases": found,
-        "tokens": tokens,
-        "compiling": sum(each.compiling for each in mine),
-        "starting": mine[0].starting + sum(each.compiling for each in mine[1:]),
-        "baseline": {
-            "token": float(np.median([second for each in theirs for second in each.seconds])),
-            "compiling": theirs[0].compiling,
-            "starting": theirs[0].starting,
-        },
+        "compiling": sum(each.compiling for each in steps),
+        "starting": steps[0].starting + sum(each.compiling for each in steps[1:]),
     }
