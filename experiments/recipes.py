@@ -49,8 +49,9 @@ def baseline(size: Size, steps: int, seed: int = 0) -> Settings:
 
 
 def recommended(size: Size, steps: int, seed: int = 0) -> Settings:
-    """What the ladder keeps on any processor: the modern block, Muon on its matrices, AdamW on the
-    rest, linearly down to zero; embeddings of pairs of tokens where the size has rows for them.
+    """The modern block, Muon on its matrices and AdamW on the rest, linearly down to zero.
+
+    With embeddings of pairs of tokens where the size has rows for them.
     """
     model = modern_mini(layers=size.layers, width=size.width, heads=size.heads)
     model = dataclasses.replace(model, bigram_rows=size.bigram_rows)

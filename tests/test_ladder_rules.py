@@ -109,6 +109,9 @@ def test_a_row_timed_with_another_one_is_compared_by_that(tmp_path):
     assert speed_against(site, "rate", "muon").ratio == pytest.approx(0.8 / 0.5)
     assert speed_of(site, "muon").ratio == 0.5
     assert processors(site) == ["one, 2 cores"]
+    assert side_by_side.busy(site) == 0.0
+    put_speeds(site, {"muon": 0.7}, to="rate", busy=1.5)
+    assert side_by_side.busy(site) == 1.5
     assert clock_of(site, "muon").token == pytest.approx(2e-3)
     other = dataclasses.replace(site, scale=with_rate(0.03))
     put_speeds(other, {"muon": 0.5})
@@ -139,12 +142,12 @@ def test_a_token_of_a_run_takes_what_its_phases_take_by_their_shares(tmp_path, m
 BASE = {"token": 1e-3, "compiling": 1.0, "starting": 2.0}
 
 
-def put_speeds(site, speeds, processor="one", to=TORCH_TUNED):
+def put_speeds(site, speeds, processor="one", to=TORCH_TUNED, busy=0.0):
     for name, ratio in speeds.items():
         item = item_of(site, name, f"{processor}, 2 cores", to)
         recipes = [recipe_key(site.scale, each) for each in (name, to)]
         values = {"quartiles": [ratio, 1.1 * ratio], "rounds": 9, "recipes": recipes}
-        values |= {"compiling": 3.0, "starting": 4.0, "baseline": BASE}
+        values |= {"compiling": 3.0, "starting": 4.0, "baseline": BASE, "busy": busy}
         site.gathered.add(item, {"ratio": ratio, **values}, {"processor": processor, "cores": 2})
         table = site.gathered.index.setdefault(site.table, {})
         table[item.name] = {"0": item.key}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ def ended(process: subprocess.Popen[Any]) -> tuple[int, bool]:
             try:
                 return process.wait(timeout=0.2), requested() is not None
             except subprocess.TimeoutExpired:
-                if requested() is not None and not told:
+                if requested() == signal.SIGTERM and not told:
                     process.terminate()
                     told = True
 

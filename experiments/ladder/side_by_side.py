@@ -27,6 +27,7 @@ from experiments.ladder.climb import (
     data_name,
     job_of,
     recipe_key,
+    rows_of,
     settings_cell,
 )
 from experiments.ladder.scales import Scale
@@ -102,8 +103,9 @@ def title_of(name: str, processor: str, to: str = TORCH_TUNED) -> str:
 def name_of(title: str, processor: str) -> str:
     """Returns the row of such a title if the processor is its own, and all of it otherwise.
 
-    >>> name_of("side by side, muon beside block on A, 2 cores", "A, 2 cores")
-    'muon'
+    >>> title = "side by side, muon beside block on A, 2 cores"
+    >>> name_of(title, "A, 2 cores"), name_of(title, "B, 2 cores")
+    ('muon', 'muon beside block on A, 2 cores')
     """
     rows = title.removeprefix(SIDE_BY_SIDE)
     own = rows.removesuffix(f" on {processor}")
@@ -197,8 +199,13 @@ def processors(site: Site) -> list[str]:
 
 
 def busy(site: Site) -> float:
-    """Returns the most cores that were busy with something else when steps were timed."""
-    return max((values.get("busy") or 0.0 for values in _items(site).values()), default=0.0)
+    """Returns the most cores that were busy with something else when steps were timed.
+
+    Of a row and the tuned baseline, or of any two rows.
+    """
+    where = next(iter(processors(site)), "")
+    found = (_items(site, where, to).values() for to in rows_of(site.scale))
+    return max((values.get("busy") or 0.0 for each in found for values in each), default=0.0)
 
 
 def _items(
@@ -271,7 +278,6 @@ def _measured(site: Site, name: str, to: str) -> dict[str, Any]:
         "ratio": found["ratio"],
         "quartiles": list(found["quartiles"]),
         "rounds": _rounds(to),
-        "shares": mine.shares,
         **own,
         "baseline": {"token": token, **other},
     }
