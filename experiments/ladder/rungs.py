@@ -173,9 +173,6 @@ RUNGS: tuple[Rung, ...] = (
         Rung("cautious", "weight decay only where it goes the way of the step", techniques.cautious)
     ),
     _off(
-        Rung("length", "sequences of a quarter and a half of the length first", techniques.length)
-    ),
-    _off(
         Rung("window", "attention over a quarter and a half of the length first", techniques.window)
     ),
     _off(Rung("momentum", "Muon's momentum from 0.85 up over the first 15 %", techniques.momentum)),
@@ -197,6 +194,7 @@ RUNGS: tuple[Rung, ...] = (
     _off(
         Rung("vocabulary", "a vocabulary of another size, in bits per byte", techniques.vocabulary)
     ),
+    Rung("length", "sequences of a quarter and a half of the length first", techniques.length),
     Rung("few-bits", "products of kernels on operands of half the bits", techniques.few_bits),
     _off(Rung("for-hf", "what transformers can hold of the kept rungs", _restricted("HF"))),
     _off(Rung("for-gguf", "what GGUF can hold of the kept rungs", _restricted("GGUF"))),
