@@ -26,6 +26,7 @@ from experiments.ladder.climb import (
     searched,
 )
 from experiments.ladder.rows import Ratio, curves_of, mean_end, names_of, ratio_in_turn, row_of
+from experiments.ladder.rungs import RUNGS, rung_named
 from experiments.ladder.scales import Scale
 from experiments.ladder.side_by_side import processors
 from experiments.tables.markdown import grid
@@ -72,10 +73,19 @@ def speedrun(path: Path, scale: Scale) -> str:
             "",
             *grid(head, rows, "llrrrl"),
             "",
+            _what_rungs_are(list(dict.fromkeys(row[1] for row in rows))),
+            "",
             f"`python -m experiments.speedrun --scale {scale.name}`: all rungs, targets and "
             f"p-values in [{path.stem}.md](experiments/results/{path.stem}.md).",
         ]
     )
+
+
+def _what_rungs_are(names: Sequence[str]) -> str:
+    """What stands on what, and what the rungs are that a table names."""
+    kept = ", ".join(rung.name for rung in RUNGS if rung.kept)
+    said = "; ".join(f"{name}: {rung_named(name).about}" for name in names)
+    return f"A rung is a technique on top of those before it: {kept}. ({said}.)"
 
 
 def _headlines(site: Site) -> list[list[str]]:

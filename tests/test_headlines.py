@@ -62,6 +62,8 @@ def test_headline_rungs_stand_with_ratios_to_both_baselines_and_their_seeds(tmp_
         assert tuned.startswith(half) if name == "muon" else tuned == "not timed"
     assert len(two[0].reached) == 5
     assert "[speedrun-tiny.md](experiments/results/speedrun-tiny.md)" in text
+    assert "muon: Muon on the kernels of the blocks" in text
+    assert "momentum" not in text  # neither a headline nor kept
 
     run_ladder(ladder(tmp_path, rung=("muon",), seeds=5, held_out="test"))
     body = rows_of(speedrun(path, TINY))[1:]
