@@ -12,7 +12,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -221,9 +221,13 @@ def settings_of(command: Pretrain, methods: tuple[Any, ...] = ()) -> tuple[Setti
     return settings, execution
 
 
-def main() -> int:
-    """Parses the command line, trains, and says how it ended."""
-    command, methods = parse_with_methods(
+def parsed(args: Sequence[str] | None = None) -> tuple[Pretrain, tuple[Any, ...]]:
+    """Returns what a command line asks for, and its methods.
+
+    Args:
+      args: words; those of the process by default.
+    """
+    return parse_with_methods(
         Pretrain,
         {
             "model": ("modern_mini", PRESETS),
@@ -231,8 +235,14 @@ def main() -> int:
             "schedule": ("linear", SCHEDULES),
         },
         METHODS,
+        args,
         description=__doc__ or "",
     )
+
+
+def main() -> int:
+    """Parses the command line, trains, and says how it ended."""
+    command, methods = parsed()
     connect(command.coordinator, command.num_processes, command.process_id, command.connect_timeout)
     own = ("process_id", "connect_timeout")
     shared = {name: v for name, v in dataclasses.asdict(command).items() if name not in own}
