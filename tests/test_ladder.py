@@ -25,6 +25,7 @@ from experiments.ladder.climb import (
 from experiments.ladder.command import run_ladder
 from experiments.ladder.measure import between, fastest, reached
 from experiments.ladder.recipe import Ramp, Recipe
+from experiments.ladder.rows import mean_end
 from experiments.ladder.rungs import RUNGS, below, formats_of, recipe_of
 from experiments.ladder.scales import CPU, GPU, SCALES, TINY, Choices
 from experiments.ladder.side_by_side import Speed
@@ -268,6 +269,18 @@ def test_later_seeds_begin_where_the_first_ended_and_have_an_end_on_either_side(
         true = ((target - 0.001 * seed) / (30 * WEIGHTS["block"])) ** -5
         found = rows.row_of(site, "block", target).reached[seed]
         assert found.tokens == pytest.approx(true, rel=0.01)
+
+
+def test_a_row_that_has_both_ends_needs_no_run_wherever_it_would_begin_now(tmp_path, monkeypatch):
+    path = run_ladder(ladder(tmp_path, rung=("rate",)))[0]
+    site = Site(TINY, tmp_path, read(path), run=Counting())
+    target = mean_end(site, TORCH_TUNED)
+    begins = dict(climb(site, "rate", 0, target))
+    monkeypatch.setattr("experiments.ladder.climb._start", lambda *about: TINY.tokens)
+    assert climb(site, "rate", 0, target) == begins
+    assert not site.run.ran
+    assert climb(site, "rate", 1, target)  # of another seed there is nothing
+    assert site.run.ran
 
 
 def test_a_baseline_counts_with_all_of_its_run_where_a_seed_ends_above_the_mean(tmp_path):

@@ -25,6 +25,7 @@ from experiments.ladder.climb import (
 from experiments.ladder.command import run_ladder
 from experiments.ladder.pictures import draw
 from experiments.ladder.report import render
+from experiments.ladder.rungs import RUNGS
 from experiments.ladder.scales import CPU, TINY
 from experiments.ladder.side_by_side import (
     clock_of,
@@ -313,7 +314,7 @@ def where_both(site, of, to, processor):
     ],
 )
 def test_a_verdict_needs_one_in_twenty_over_three_seeds(monkeypatch, seconds, kept, says):
-    name = "muon" if kept else "length"
+    name = [rung.name for rung in RUNGS if rung.kept == kept][-1]
     mine, under = row(name, dict(enumerate(seconds))), row("x", {0: 1.5, 1: 1.52, 2: 1.51})
     monkeypatch.setattr(report, "row_of", lambda site, *args: under)
     monkeypatch.setattr(report, "processors", lambda site: ["first", "second"])

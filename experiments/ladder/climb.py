@@ -24,7 +24,7 @@ from experiments.ladder.measure import last_bits, points_of
 from experiments.ladder.recipe import Recipe
 from experiments.ladder.rungs import RUNGS, below, first_recipe, recipe_of
 from experiments.ladder.scales import Scale
-from experiments.ladder.search import next_length
+from experiments.ladder.search import between_ends, next_length
 from experiments.ladder.turns import pace
 from experiments.tables.gathered import Gathered
 from train.loop import LoopSettings
@@ -267,16 +267,22 @@ def climb(site: Site, name: str, seed: int, target: float) -> dict[int, Mapping[
       target: bits per byte to end at.
     """
     rule = site.scale.search
+    recorded = lengths_of(site, name, seed)
+    if between_ends(rule, _ends(recorded), target):
+        return recorded  # wherever that search began
     start = _start(site, name, seed, target)
     if seed:  # every seed has an end on either side of the target, the first one a little further
         rule = dataclasses.replace(rule, factor=LATER_FACTOR, shorter=LATER_FACTOR)
     tried: dict[int, Mapping[str, Any]] = {}
     while True:
-        losses = {tokens: last_bits(values["points"]) for tokens, values in tried.items()}
-        length = next_length(rule, losses, target, start)
+        length = next_length(rule, _ends(tried), target, start)
         if length is None:
             return tried
         tried[length] = site.outcome(name, length, seed)
+
+
+def _ends(runs: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    return {tokens: last_bits(values["points"]) for tokens, values in runs.items()}
 
 
 def target_of(site: Site, baseline: str, seeds: int) -> float:

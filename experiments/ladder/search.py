@@ -77,14 +77,26 @@ def next_length(
     shorter = [tokens for tokens in tried if tokens < best]
     if not shorter:
         return _new(rule, tried, best / rule.shorter)
-    worse = max(shorter)
-    if best <= rule.close * worse:
+    if between_ends(rule, tried, target):
         return None
+    worse = max(shorter)
     high, low = tried[worse], tried[best]
     share = (high - target) / (high - low) if math.isfinite(high) and high > low else 0.5
     # Not so near to either end that the run would tell nothing new; not under the line, as a run
     # that misses the target by a hair costs another.
     return _new(rule, tried, worse * (best / worse) ** min(max(share, 0.3), 0.85))
+
+
+def between_ends(rule: Search, tried: Mapping[int, float], target: float) -> bool:
+    """Whether two lengths near each other end on either side of a target.
+
+    >>> rule = Search(10, 1000, 10)
+    >>> [between_ends(rule, {400: 2.9, n: 3.1}, 3.0) for n in (370, 200, 410)]
+    [True, False, False]
+    """
+    enough = [tokens for tokens, loss in tried.items() if loss <= target]
+    shorter = [tokens for tokens in tried if enough and tokens < min(enough)]
+    return bool(shorter) and min(enough) <= rule.close * max(shorter)
 
 
 def _new(rule: Search, tried: Mapping[int, float], tokens: float) -> int | None:
