@@ -58,8 +58,22 @@ def _gpu() -> dict[str, str]:
 
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    named = processor_in(path.read_text()) if path.exists() else ""
+    return named or platform.processor() or platform.machine()
+
+
+def processor_in(text: str) -> str:
+    """Returns the first processor of `/proc/cpuinfo`, empty if none is named there.
+
+    Family and model stand beside the name, since virtual machines call generations of processors
+    by one name, whose products differ by more than most techniques gain.
+
+    >>> processor_in("cpu family\\t: 25\\nmodel\\t\\t: 17\\nmodel name\\t: AMD EPYC\\n")
+    'AMD EPYC (family 25, model 17)'
+    """
+    pairs = (line.partition(":")[::2] for line in reversed(text.splitlines()))
+    facts = {key.strip(): value.strip() for key, value in pairs}
+    name = facts.get("model name", "")
+    if name and {"cpu family", "model"} <= set(facts):
+        return f"{name} (family {facts['cpu family']}, model {facts['model']})"
+    return name
