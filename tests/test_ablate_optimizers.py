@@ -146,7 +146,19 @@ RESULTS = Results(
             1: run(1.7, [(150, 2.1), (300, 1.7)], 0.064, 500, beyond=[[0.064, 2.9]]),
         },
         "lion": {0: run(math.nan, [(150, 3.0)], rate=0.001, reason="nonfinite")},
-        COSTS: {0: {"steps": {"adamw": {"ratio": 1.0}, "muon": {"ratio": 1.5}}}},
+        "adam": {
+            0: run(2.0, [(150, 2.2), (300, 2.0)]),
+            1: run(2.2, [(150, 3.0), (300, 2.2)]),
+        },
+        COSTS: {
+            0: {
+                "steps": {
+                    "adamw": {"ratio": 1.0, "seconds": 0.01},
+                    "muon": {"ratio": 1.5, "seconds": 0.015},
+                    "adam": {"ratio": 0.5, "seconds": 0.005},
+                }
+            }
+        },
     }
 )
 
@@ -154,17 +166,19 @@ RESULTS = Results(
 def test_the_table_is_sorted_by_loss_and_counts_to_adamws():
     lines = [line for line in optimizers.render(RESULTS) if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert [each[0] for each in rows[1:]] == ["muon", "**adamw**", "lion"]
-    muon, adamw, lion = rows[1:]
+    assert [each[0] for each in rows[1:]] == ["muon", "**adamw**", "**adam**", "lion"]
+    muon, adamw, adam, lion = rows[1:]
     # AdamW ends at 2.1 in the mean, which muon has at step 150; AdamW's first seed at 285, and its
     # second, which ends above, takes all 300
     assert muon[1:] == [
         *("0.064 ↑", "4", "1.600 ± 0.141", "0.800 ± 0.071", "150"),
-        *("1.50x", "1.30x", "5.0", "finished"),
+        *("15.0", "2.2", "1.50x", "1.30x", "5.0", "finished"),
     ]
     assert 292.5 / (150 * 1.5) == 1.3
     assert adamw[2] == "3"
-    assert adamw[5:8] == ["285 (1 of 2)", "1.00x", "1.03x"]
+    assert adamw[5:10] == ["292 (1 of 2)", "10.0", "2.9", "1.00x", "1.00x"]
+    # a seed of another that missed it would have taken more than all 300, 225 being the first's
+    assert adam[5:10] == ["> 262 (1 of 2)", "5.0", "> 1.3", "0.50x", "< 2.23x"]
     assert (lion[5], lion[-1]) == ("not reached", "nonfinite")
     assert optimizers.picture(RESULTS) is not None
     assert optimizers.picture(Results()) is None

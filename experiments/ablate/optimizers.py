@@ -9,8 +9,10 @@ Each has five rates to choose from (`train.optimizers.table.RATE_GRIDS`), tried 
 table does not use; where the best is the lowest or the highest, up to three more beyond it, so that
 the numbers of trials differ. All losses are of the validation split: the test split is kept for
 recipes that are chosen, and what stands here may become part of one. Steps and seconds are to the
-mean loss that AdamW ends at. Seconds are steps times those of one, which are measured apart, all
-optimizers in turn in one process.
+mean loss that AdamW ends at. A seed that ends above it counts with all of its steps: it would have
+taken more, so that > stands before the steps of another optimizer than AdamW, and < before how much
+faster it is. Seconds are steps times those of one, which are measured apart, all optimizers in turn
+in one process.
 
 After a comma stands what is exchanged in the optimizer before it (`train.optimizers.table.
 VARIANTS`); such a row is to be held against that optimizer's own.
@@ -219,7 +221,8 @@ def render(results: Results) -> list[str]:
     rows = [_row(results, name, target, steps) for name in order]
     names = [
         *("optimizer", "rate", "trials", "loss at the end", "bits per byte", "steps to AdamW's"),
-        *("a step, to AdamW's", "faster to AdamW's loss", "state, bytes a parameter", "ended"),
+        *("a step, ms", "seconds to AdamW's", "a step, to AdamW's", "faster to AdamW's loss"),
+        *("state, bytes a parameter", "ended"),
     ]
     return [
         " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
@@ -228,7 +231,7 @@ def render(results: Results) -> list[str]:
         "tried, so that a better one may lie beyond it. `train.optimizers.from_optax.LEFT_OUT` "
         "says what of Optax is not here, and why.",
         "",
-        *grid(names, rows, "lrrrrrrrrl"),
+        *grid(names, rows, "lrrrrrrrrrrl"),
     ]
 
 
@@ -244,11 +247,13 @@ def _row(
     seeds = results.by_name[name]
     values = next(iter(seeds.values()))
     reached = [crossing(each["evaluations"], target) for each in seeds.values()]
-    there = [step for step in reached if step is not None]
-    missed = f" ({len(there)} of {len(reached)})" if len(there) < len(reached) else ""
+    there = sum(step is not None for step in reached)
+    missed = f" ({there} of {len(reached)})" if there < len(reached) else ""
+    more, less = ("> ", "< ") if missed and name != FIRST else ("", "")
+    timed: Mapping[str, float] = steps.get(name, {}) if there else {}
     cost = steps.get(name, {}).get("ratio")
-    base = _steps_of(results, FIRST, target)
-    faster = base / (float(np.mean(there)) * cost) if there and cost and base else None
+    taken, base = (_steps_of(results, each, target) for each in (name, FIRST))
+    faster = base / (taken * cost) if there and cost and base else None
     parameters = values["parameters"]
     return [
         f"**{name}**" if name in MISSION else name,
@@ -256,9 +261,11 @@ def _row(
         str(len(values["tried"])),
         spread(results.column(name, "loss")),
         spread(results.column(name, "bits per byte")),
-        f"{np.mean(there):.0f}{missed}" if there else "not reached",
+        f"{more}{taken:.0f}{missed}" if there else "not reached",
+        f"{1e3 * steps[name]['seconds']:.1f}" if name in steps else "",
+        f"{more}{taken * timed['seconds']:.1f}" if timed else "",
         f"{cost:.2f}x" if cost else "",
-        f"{faster:.2f}x" if faster else "",
+        f"{less}{faster:.2f}x" if faster else "",
         f"{values['state bytes'] / parameters:.1f}",
         ", ".join(sorted({each["reason"] for each in seeds.values()})),
     ]

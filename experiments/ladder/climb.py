@@ -7,6 +7,7 @@ reports are made from it alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -224,6 +225,7 @@ def recipe_for(scale: Scale, name: str) -> Recipe:
     return recipe_of(name, scale)
 
 
+@functools.cache
 def recipe_key(scale: Scale, name: str) -> str:
     """Returns a hash of all that makes a row what it is, but data, budget and seed.
 
@@ -299,10 +301,12 @@ def lengths_of(site: Site, name: str, seed: int) -> dict[int, Mapping[str, Any]]
     found: dict[int, Mapping[str, Any]] = {}
     today = recipe_key(site.scale, name)
     for title, seeds in site.gathered.index.get(site.table, {}).items():
-        rung, _, rest = title.partition(", ")
+        if not title.startswith(f"{name}, "):
+            continue
         cell = site.gathered.cells.get(seeds.get(str(seed), ""))
-        if rung == name and cell is not None and today in cell["values"].get("recipes", []):
-            found[int(rest.removesuffix(" tokens").replace(",", ""))] = cell["values"]
+        if cell is not None and today in cell["values"].get("recipes", []):
+            tokens = title.removeprefix(f"{name}, ").removesuffix(" tokens")
+            found[int(tokens.replace(",", ""))] = cell["values"]
     return dict(sorted(found.items()))
 
 

@@ -279,7 +279,9 @@ def _climb_to_both(site: Site, name: str, seed: int) -> None:
 def write_all(path: Path, gathered: Gathered, scale: Scale) -> list[Path]:
     """Writes Markdown and pictures from what is gathered, all data sets of the scale."""
     lines = [f"# Speedrun: time to a loss, scale {scale.name}", ""]
-    lines += [f"    python -m experiments.speedrun --scale {scale.name}", ""]
+    command = f"    python -m experiments.speedrun --scale {scale.name}"
+    lines += [command, f"{command} --side-by-side", ""]
+    lines += ["The first with `--seeds N` for more seeds, and `--rung NAMES` for single rows.", ""]
     for facts in gathered.content()["machines"].values():
         lines.append("* " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     written = [path, path.with_suffix(".md")]

@@ -18,6 +18,7 @@ from experiments.ladder.climb import (
     searched,
 )
 from experiments.ladder.held_out import planned_ratio, planned_row
+from experiments.ladder.measure import last_bits
 from experiments.ladder.report_about import about
 from experiments.ladder.rows import (
     Ratio,
@@ -39,8 +40,10 @@ from experiments.tables.markdown import grid
 
 SEEDS_TO_KEEP = 3  # what `kept` is decided on
 CLEAR = 0.05  # p: what lies above is no verdict
+NEAR = 0.1  # bits per byte, of the end of a run to a target
 RATIOS = ("rung", "seconds", "p", "with compiling", "cold", "tokens")
 RATIOS_OF = ("compiled", "cold", "tokens")
+SECONDS = ("training", "compiled", "cold")
 RANGES = tuple(
     (to, what, said)
     for to in (None, TORCH_TUNED, TORCH)
@@ -69,7 +72,7 @@ def render(site: Site, path: Path) -> list[str]:
             continue
         lines += ["", f"### To the end of {what}: {target:.4f} bits per byte", ""]
         rows = {name: row_of(site, name, target, baseline) for name in names_of(site)}
-        lines += [*_costs(rows), "", *_ratios(site, rows, baseline)]
+        lines += [*_costs(site, rows), "", *_ratios(site, rows, baseline)]
         if site.scale.held_out == "test":
             lines += ["", *_planned(site, baseline, target)]
     if any(not math.isnan(mean_end(site, baseline)) for baseline in (TORCH, TORCH_TUNED)):
@@ -81,13 +84,14 @@ def render(site: Site, path: Path) -> list[str]:
     return lines
 
 
-def _costs(rows: dict[str, Row]) -> list[str]:
+def _costs(site: Site, rows: dict[str, Row]) -> list[str]:
     head = ["rung", "seeds", "steps", "tokens, k", "TFLOP", "training s", "with compiling, s"]
     head += ["cold, s", "tokens/s", "peak MB"]
-    return grid(head, [_cost_row(row) for row in rows.values()], "l" + "r" * (len(head) - 1))
+    body = [_cost_row(site, row) for row in rows.values()]
+    return grid(head, body, "l" + "r" * (len(head) - 1))
 
 
-def _cost_row(row: Row) -> list[str]:
+def _cost_row(site: Site, row: Row) -> list[str]:
     there = f"{len(row.reached)} of {len(row.seeds)}"
     peak = f"{row.peak_bytes / 1e6:,.0f}"
     if not row.reached:
@@ -99,12 +103,24 @@ def _cost_row(row: Row) -> list[str]:
         _with_error(row.mean("steps"), "{:,.0f}"),
         _with_error(_times(row.mean("tokens"), 1e-3), "{:,.0f}"),
         _with_error(_times(row.mean("flops"), 1e-12), "{:.3g}"),
-        _with_error(row.mean("training"), "{:.1f}"),
-        _with_error(row.mean("compiled"), "{:.1f}"),
-        _with_error(row.mean("cold"), "{:.1f}"),
-        _with_error(row.mean("speed"), "{:,.0f}"),
+        *(_with_error(paced(site, row, what), "{:.1f}") for what in SECONDS),
+        _with_error(paced(site, row, "speed"), "{:,.0f}"),
         peak,
     ]
+
+
+def paced(site: Site, row: Row, what: str) -> tuple[float, float]:
+    """Returns the mean of a cost in time and its standard error, that of the pace included.
+
+    All seeds have one pace, timed against the tuned baseline's, which itself has no error here.
+    """
+    mean, error = row.mean(what)
+    speed = speed_of(site, row.name)
+    if speed is None:
+        return mean, error
+    if what == "speed":
+        return mean, mean * speed.error
+    return mean, math.hypot(error, row.mean("training")[0] * speed.error)
 
 
 def _ratios(site: Site, rows: dict[str, Row], baseline: str) -> list[str]:
@@ -208,27 +224,40 @@ def _ranges(site: Site) -> list[str]:
     lines = [
         "To so many bits per byte; each row takes what lies between two of its runs, or two "
         "evaluations of the fastest of them, whatever length it was planned for, and > is against "
-        "all of a baseline that did not get there. Empty is what has not been timed.",
+        "all of a baseline that did not get there. Empty is what has not been timed, or, to the "
+        "rung below at the first baseline's end, where only one of the two has runs as short as "
+        "that takes.",
     ]
+    names, first = names_of(site), mean_end(site, TORCH)
+    ends = {target: TORCH if target == first else TORCH_TUNED for target in targets}
+    found = {t: {name: row_of(site, name, t, ends[t]) for name in names} for t in targets}
     for baseline, what, about_ in RANGES:
         body = []
-        for name in names_of(site):
+        for name in names:
             to = baseline or compared_with(name)
             if to is None:
                 continue
             cells = []
             for target in targets:
-                ends = TORCH if target == mean_end(site, TORCH) else TORCH_TUNED
-                rows = {n: row_of(site, n, target, ends) for n in (name, to)}
+                rows = found[target]
                 one = _ratio(site, rows[name], rows, to, what)[0]
                 if name == to:
                     one = "1" if rows[name].reached else ""
+                elif not baseline and target == first:
+                    alike = _short(site, name, target) == _short(site, to, target)
+                    one = one if alike else ""
                 cells.append(one or ("" if rows[name].reached else "not reached"))
             body.append([name, *cells])
         head = ["rung", *(f"{target:.3f}" for target in targets)]
         lines += ["", f"To {baseline or 'the rung below'}, {about_}:", ""]
         lines += grid(head, body, "l" + "r" * len(targets))
     return lines
+
+
+def _short(site: Site, name: str, target: float) -> bool:
+    """Whether a row has runs planned to end about a target; a baseline's budget is its plan."""
+    ends = [max(map(last_bits, runs)) for runs in curves_of(site, name).values()]
+    return name in BASELINES or all(bits > target - NEAR for bits in ends)
 
 
 def _steps(site: Site) -> list[str]:
@@ -276,7 +305,8 @@ def verdict(site: Site, row: Row) -> tuple[str, str]:
     has timed most of those that have timed both. A rung pays if the mean
     logarithm of its ratios to the rung below lies above 0, and would lie as far off by chance in
     one of twenty cases at most (a paired t-test), over three seeds at least; it does not if it lies
-    below as clearly. Without such timings there is no verdict, since runs of different hours differ
+    below as clearly. Where the rung below never gets there, both are held against the first
+    baseline's end. Without such timings there is no verdict, since runs of different hours differ
     by more than many a rung is worth. Seeds that missed the target leave no verdict: those
     that are left would be the good ones.
     """
@@ -286,13 +316,18 @@ def verdict(site: Site, row: Row) -> tuple[str, str]:
     if under is None:
         return word, ""
     to = row_of(site, under, mean_end(site, TORCH_TUNED), TORCH_TUNED)
+    goal = ""
+    if row.reached and to.seeds and not to.reached and searched(under, TORCH):
+        # So slow that only the nearer target has both; it was searched for by either.
+        goal = " to the first baseline's end, the other is out of reach below"
+        row, to = (row_of(site, name, mean_end(site, TORCH), TORCH) for name in (row.name, under))
     ratios = {where: ratio_in_turn(site, row, to, where) for where in processors(site)}
     where, found = next(((w, f) for w, f in ratios.items() if f is not None), ("", None))
     if found is None:
         return word, "no verdict: its steps have not been timed in turn (--side-by-side)"
     if not found.pairs:
         return word, "nothing to compare"
-    figure = f"{_with_error(found, '{:.2f}')}x"
+    figure = f"{_with_error(found, '{:.2f}')}x{goal}"
     if where != next(iter(ratios)):
         figure += f" on {where}"
     if late := [str(seed) for seed in row.seeds if seed not in row.reached]:

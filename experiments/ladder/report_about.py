@@ -14,12 +14,14 @@ from experiments.ladder.climb import (
     Site,
     baselines_of,
     data_name,
+    lengths_of,
     recipe_for,
 )
 from experiments.ladder.measure import BEYOND
 from experiments.ladder.rungs import RUNGS
 from experiments.ladder.scales import SCALES
-from experiments.ladder.side_by_side import busy, processors, timed
+from experiments.ladder.side_by_side import busy, clock_of, processors, timed
+from experiments.ladder.techniques import OUTSIDE_TRIALS
 from experiments.ladder.trials import SEED, Chosen, changes, edges, tuned_on
 from experiments.ladder.tune import counts, on_record, tuning_path
 from experiments.tables.report import read
@@ -48,6 +50,7 @@ def about(site: Site, path: Path) -> list[str]:
         "",
         *_tuned_batch(site),
         *_facts(site),
+        *_whole(site),
         *(f"* {name}: {BASELINES[name]}" for name in baselines_of(scale)),
         *(f"* {rung.name}: {rung.about}" for rung in RUNGS),
     ]
@@ -116,6 +119,21 @@ def _facts(site: Site) -> Iterable[str]:
         yield f"* threads: {', '.join(said)}"
 
 
+def _whole(site: Site) -> Iterable[str]:
+    """What one seed of all rungs took, for whoever wants to run it."""
+    counted = {}
+    for rung in RUNGS:
+        clock, lengths = clock_of(site, rung.name), lengths_of(site, rung.name, 0)
+        if clock is not None and lengths:
+            counted[rung.name] = len(lengths), clock.token * sum(lengths)
+    if counted:
+        runs, seconds = map(sum, zip(*counted.values(), strict=True))
+        yield (
+            f"* one seed of {len(counted)} rungs: {runs} runs, {seconds / 60:.0f} minutes of "
+            "training at this pace, beside their compilation and evaluations, and without baselines"
+        )
+
+
 def _runs(site: Site) -> Iterable[tuple[str, Mapping[str, Any]]]:
     for title, seeds in site.gathered.index.get(site.table, {}).items():
         for key in seeds.values():
@@ -140,6 +158,7 @@ def _trials(site: Site, path: Path) -> list[str]:
         )
     if new := changes(site.scale.choices, on_record(path, site)[-1].after):
         lines[0] += f" **The rows below do not have what they chose: {', '.join(new)}.**"
+    lines[0] += f" Ours outside of them: {'; '.join(OUTSIDE_TRIALS)}."
     lines.append("")
     for chosen in found:
         lines.append(f"* {chosen.group.name} ({len(chosen.bits)}): {_grid(chosen)}")

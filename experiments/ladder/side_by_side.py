@@ -220,10 +220,10 @@ def _timings(site: Site, to: str = TORCH_TUNED) -> Iterator[tuple[str, str, Mapp
     """Yields processor, row and figures of all that was timed against a row of today's recipe."""
     today = recipe_key(site.scale, to)
     for title, seeds in site.gathered.index.get(_table(site), {}).items():
-        cell = site.gathered.cells.get(seeds.get("0", ""))
-        if cell is None or not title.startswith(SIDE_BY_SIDE):
+        if not title.startswith(SIDE_BY_SIDE):
             continue
-        if cell["values"].get("recipes", [])[1:] == [today]:
+        cell = site.gathered.cells.get(seeds.get("0", ""))
+        if cell and cell["values"].get("recipes", [])[1:] == [today]:
             rows, _, _ = title.removeprefix(SIDE_BY_SIDE).partition(" on ")
             name, _, other = rows.partition(_BESIDE)
             if (other or TORCH_TUNED) == to:
