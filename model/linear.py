@@ -80,6 +80,26 @@ def gpu_forms(platform: str | None = None) -> bool:
     return there and _cuda_version() >= OLDEST_CUDA_DEVICE
 
 
+def elementwise(
+    function: Callable[[jax.Array], jax.Array], platform: str | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function in the form whose backward pass moves the fewest bytes.
+
+    On a GPU it is computed again in the backward pass, so that nothing but its input is kept: then
+    XLA makes GELU part of the product before it. In a step of GPT-2 124M on 32 x 1,024 tokens that
+    is 0.8 GB less to read and write a layer, by the program compiled for an H100. Elsewhere it is
+    the function as it is.
+
+    Args:
+      function: of single numbers, applied to an array.
+      platform: what the program is for, see `gpu_forms`.
+
+    >>> elementwise(jax.nn.gelu, "cpu") is jax.nn.gelu
+    True
+    """
+    return jax.checkpoint(function) if gpu_forms(platform) else function
+
+
 GPU_LOOKUP: lookup.Form = "blocks"
 OLDEST_CUDA_DEVICE = (8, 0)  # compute capability from which cuDNN has a fused attention
 

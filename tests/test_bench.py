@@ -198,6 +198,12 @@ def test_growth_is_fitted_beside_the_operations_and_what_exceeds_them_is_said():
     text = growth.text(good)
     assert "| layers | 2 to 16 | 1.00 | 1.00 | 1.00 | 0.00 |" in text
     assert "Nothing grows faster than the operations do." in text
+    assert "scan" not in text
+    scanned = [at(growth.SCANNED, n, step=2 * n, compile=0.5) for n in (2, 8)]
+    text = growth.text([*good, *scanned])
+    assert "| 2 | 0.50x | 1.00x | 4.00x |" in text
+    assert "| 8 | 0.50x | 1.00x | 4.00x |" in text
+    assert "| 4 | 0.50x" not in text
     bad = [at("length", n, step=None if n == 16 else n**1.5) for n in (2, 4, 8, 16)]
     text = growth.text([*good, *bad])
     assert "Over length the step grows as n^1.50, and its operations as n^1.00." in text

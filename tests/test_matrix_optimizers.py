@@ -251,45 +251,6 @@ def test_scion(constrained):
         np.testing.assert_allclose(updates[a][b], expected, rtol=1e-4)
 
 
-def test_adam_mini():
-    """Blocks of the paper: heads, neurons, tokens, whole vectors; with blocks of one it is Adam."""
-    settings = AdamMini(learning_rate=1.0, weight_decay=0.0, head_width=3, eps=1e-12)
-    draw = lambda *shape: jnp.asarray(gradients(1, shape, len(shape))[0], jnp.float32)
-    grads = {
-        "blocks": {
-            "attention": {"q": {"kernel": draw(2, 4, 6)}},
-            "mlp": {"up": {"kernel": draw(2, 4, 5), "bias": draw(2, 5)}},
-        },
-        "token_embedding": {"embedding": draw(7, 4)},
-        "final_norm": {"scale": draw(4)},
-    }
-    tx = build(settings, Constant(), 10, grads)
-    state = tx.init(grads)
-    updates, state = tx.update(grads, state, grads)
-    rms = lambda g, axis: np.sqrt((np.asarray(g) ** 2).mean(axis, keepdims=True))
-    q = np.asarray(grads["blocks"]["attention"]["q"]["kernel"])
-    heads = np.repeat(rms(q.reshape(2, 4, 2, 3), (1, 3))[..., 0], 3, axis=-1).reshape(2, 1, 6)
-    expected = {
-        "blocks": {
-            "attention": {"q": {"kernel": -q / heads}},
-            "mlp": {name: -g / rms(g, 1) for name, g in grads["blocks"]["mlp"]["up"].items()},
-        },
-        "token_embedding": {
-            "embedding": -grads["token_embedding"]["embedding"]
-            / rms(grads["token_embedding"]["embedding"], 1)
-        },
-        "final_norm": {
-            "scale": -grads["final_norm"]["scale"] / rms(grads["final_norm"]["scale"], 0)
-        },
-    }
-    expected["blocks"]["mlp"] = {"up": expected["blocks"]["mlp"]}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), updates, expected)
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(state)) - sum(
-        leaf.size for leaf in jax.tree.leaves(grads)
-    )
-    assert numbers < 50  # the second moments and counts of 209 parameters
-
-
 def test_cautious_updates_by_layer():
     grads = {
         "blocks": {"up": {"bias": jnp.array([[1.0, 1.0, -1.0, 1.0], [1.0, -1.0, -1.0, -1.0]])}}

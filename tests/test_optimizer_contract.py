@@ -1,10 +1,14 @@
-"""What every optimizer by name promises to the training step."""
+"""What every optimizer by name promises to the training step.
+
+Of hyper-parameters the rate alone may be injected: settings check the others as plain numbers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +29,16 @@ STEPS = 10
 
 # The first ones, each of another kind, are tried by `make test`.
 FIRST = ("muon", "soap", "adam_mini", "lion")
-NAMES = [*FIRST, *(name for name in [*OPTIMIZERS, *VARIANTS] if name not in FIRST)]
+GRAM = "muon, Gram-Newton-Schulz"  # which no matrix here is wide enough for by itself
+EVERY = (*OPTIMIZERS, *VARIANTS, GRAM)
+NAMES = [*FIRST, *(name for name in EVERY if name not in FIRST)]
+# What happens every so many updates, or at their end, happens within the few that there are here.
+SOON = {
+    "soap": {"frequency": 2},
+    "shampoo": {"frequency": 2},
+    "adamw, tail average": {"tail_fraction": 1.0},
+    GRAM: {"newton_schulz_form": "gram"},
+}
 # What the rate must be, times that of the settings, for a problem with steps of size one.
 RATES = {"sgd": 0.05, "lion": 0.05, "signum": 0.05, "scion": 2e-3, "adagrad": 1.0}
 NEEDS_VALUE = ("polyak_sgd", "momo", "momo_adam")
@@ -43,7 +56,16 @@ SLOW = (
     "radam",
     "momo_adam",
 )
+# An update of these is the way to a point that is rounded as the weights are.
+BETWEEN_POINTS = ("cocob", "madgrad")
 VALUE = jnp.float32(3.0)
+
+
+def settings_of(name):
+    """Settings of an optimizer by name, for a test of a few updates."""
+    return dataclasses.replace(
+        settings_named("muon" if name == GRAM else name), **SOON.get(name, {})
+    )
 
 
 def every_optimizer(number):
@@ -53,16 +75,6 @@ def every_optimizer(number):
         return pytest.mark.variants(number)(pytest.mark.parametrize("name", NAMES)(test))
 
     return mark
-
-
-every_decaying_optimizer = pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in NAMES
-        if isinstance(settings_named(name), DecayingSettings) and name not in ("adamh", "muonh")
-    ],
-)
 
 
 def test_what_optax_has_is_in_the_table_or_left_out_for_a_reason():
@@ -109,7 +121,7 @@ def random_tree(seed, like):
 @functools.cache
 def optimizer(name, dtype=jnp.float32):
     """(transformation, jitted update) under the default settings, shared by the tests."""
-    tx = build(settings_named(name), Cosine(warmup_steps=2), STEPS, shapes(dtype))
+    tx = build(settings_of(name), Cosine(warmup_steps=2), STEPS, shapes(dtype))
     return tx, jax.jit(functools.partial(tx.update, value=VALUE))
 
 
@@ -135,7 +147,7 @@ def assert_identical(one, other):
 
 @every_optimizer(1)
 def test_learns_a_quadratic_problem_with_one_compilation_and_donated_state(name):
-    settings = settings_named(name)
+    settings = settings_of(name)
     raised = name not in NEEDS_VALUE and settings.learning_rate < 0.1
     if raised or not isinstance(settings, OptaxSettings) or name in RATES:
         settings = dataclasses.replace(settings, learning_rate=RATES.get(name, 0.1))
@@ -216,66 +228,21 @@ def test_parameters_in_bfloat16_stay_so(name):
     assert dtypes(new_state) == dtypes(state)
 
 
-@pytest.mark.variants(1)
-@pytest.mark.parametrize("name", ["muon", "adafactor", "soap", "shampoo", "kron", "normuon"])
+@every_optimizer(1)
 def test_updates_in_bfloat16_are_near_those_in_float32(name):
     updates = {}
     for dtype in (jnp.bfloat16, jnp.float32):
         tx, update = optimizer(name, dtype)
         params = random_tree(0, shapes(dtype))
         updates[dtype], _ = update(random_tree(1, params), jax.jit(tx.init)(params), params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(updates[dtype])} == {jnp.dtype(dtype)}
     for path, exact in by_path(updates[jnp.float32]).items():
         error = np.float32(by_path(updates[jnp.bfloat16])[path]) - exact
         # 2**-8 to each of the dozens of roundings of five Newton-Schulz steps
-        assert np.linalg.norm(error) < 0.1 * np.linalg.norm(exact), path
-
-
-@pytest.mark.variants(4)
-@every_decaying_optimizer
-def test_without_a_gradient_exactly_the_matrices_decay(name):
-    settings = settings_named(name)
-    rates = {"learning_rate": 0.5, "weight_decay": 0.1}
-    if isinstance(settings, MatrixSettings):
-        rates |= {"adam_learning_rate": 0.25, "adam_weight_decay": 0.3}
-    tx = build(dataclasses.replace(settings, **rates), Constant(), STEPS, shapes())
-    params = random_tree(0, shapes())
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(lambda: tx.update(zeros, tx.init(params), params))()
-    for path, update in by_path(updates).items():
-        factor = 0.0
-        if path.endswith(("kernel", "embedding")):
-            left = isinstance(settings, MatrixSettings) and not path.startswith("blocks")
-            factor = -0.25 * 0.3 if left and name != "mars" else -0.5 * 0.1
-        np.testing.assert_allclose(update, factor * by_path(params)[path], rtol=1e-5, err_msg=path)
-
-
-@pytest.mark.variants(3)
-@every_decaying_optimizer
-def test_decay_rules_choose_what_decays(name):
-    params = {
-        "blocks": {"up": {"kernel": jnp.ones((2, 3, 3))}},
-        "final_norm": {"scale": jnp.ones(3)},
-    }
-    settings = dataclasses.replace(
-        settings_named(name), decay_rules=(("final_norm/scale", True),), weight_decay=0.1
-    )
-    tx = build(settings, Constant(), STEPS, params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(lambda: tx.update(zeros, tx.init(params), params))()
-    decayed = [path for path, update in by_path(updates).items() if jnp.any(update != 0)]
-    assert decayed == ["final_norm/scale"]
-    for rules, says in [
-        ((("kernels", True),), "no parameter matches"),
-        ((("blocks/0/.*", True),), "layer number"),
-    ]:
-        wrong = dataclasses.replace(settings, decay_rules=rules)
-        with pytest.raises(ValueError, match=says):
-            build(wrong, Constant(), STEPS, params)
-        # without a decay there is nothing that the rules could fail to do
-        off = {"weight_decay": 0.0} | (
-            {"adam_weight_decay": 0.0} if isinstance(settings, MatrixSettings) else {}
-        )
-        build(dataclasses.replace(wrong, **off), Constant(), STEPS, params)
+        allowed = 0.1 * np.linalg.norm(exact)
+        if name in BETWEEN_POINTS:
+            allowed += 2**-8 * np.linalg.norm(np.float32(by_path(params)[path]))
+        assert np.linalg.norm(error) <= allowed, path
 
 
 @every_optimizer(3)
@@ -304,7 +271,7 @@ def test_optax_finds_the_parameters_in_the_state(name):
 @every_optimizer(3)
 def test_the_head_may_be_tied_away(name):
     tied = {key: value for key, value in shapes().items() if key != "head"}
-    tx = build(settings_named(name), Constant(), STEPS, tied)
+    tx = build(settings_of(name), Constant(), STEPS, tied)
     jax.eval_shape(tx.init, tied)
 
 
@@ -323,7 +290,7 @@ def test_a_stack_is_its_layers_each_by_itself(name):
     got = {}
     for kind, split in (("stacked", lambda tree: tree), ("apart", apart)):
         params = split(stacked)
-        tx = build(settings_named(name), Constant(), STEPS, params)
+        tx = build(settings_of(name), Constant(), STEPS, params)
         update = jax.jit(functools.partial(tx.update, value=VALUE))
         state = jax.jit(tx.init)(params)
         for step in range(3):
@@ -343,11 +310,19 @@ def test_a_stack_is_its_layers_each_by_itself(name):
 @every_optimizer(2)
 def test_rates_may_be_injected(name):
     """A rate in the state (`optax.inject_hyperparams`) changes without a compilation."""
-    settings = settings_named(name)
+    settings = settings_of(name)
+
+    class Times(NamedTuple):
+        """A schedule whose rate is the peak times a number of the state."""
+
+        factor: jax.Array
+
+        def build(self, peak, total_steps):
+            return lambda step: self.factor * peak
 
     @optax.inject_hyperparams
     def injected(factor):
-        return settings.transformation(lambda peak: lambda step: factor * peak, shapes())
+        return build(settings, Times(factor), STEPS, shapes())
 
     tx = injected(factor=1.0)
     params, grads = random_tree(0, shapes()), random_tree(1, shapes())
@@ -374,8 +349,7 @@ def test_rates_may_be_injected(name):
 @every_optimizer(1)
 def test_accumulated_halves_are_one_update(name):
     """`optax.MultiSteps` around it: two gradients, one update with their mean."""
-    settings = settings_named(name)
-    tx = settings.transformation(lambda peak: lambda step: peak, shapes())
+    tx = build(settings_of(name), Constant(), STEPS, shapes())
     twice = optax.MultiSteps(tx, 2)
     params = random_tree(0, shapes())
     # in units of 1/256, so that their sum is exact
@@ -392,7 +366,7 @@ def test_accumulated_halves_are_one_update(name):
             for sign in (1, -1):
                 part = jax.tree.map(lambda g, c, sign=sign: g + sign * c, grads, change)
                 half, halves = twice.update(part, halves, params, value=VALUE)
-        return whole, half
+        return (whole, state), (half, halves.inner_opt_state)
 
     for one, other in zip(*map(jax.tree.leaves, both()), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * float(jnp.abs(one).max()))

@@ -14,7 +14,7 @@ from tests.test_optimizer_contract import (
     by_path,
     every_optimizer,
     random_tree,
-    settings_named,
+    settings_of,
 )
 from train.optimizers.table import build
 from train.schedules import Constant
@@ -31,7 +31,7 @@ def test_sharded_equals_unsharded(name):
         is_leaf=lambda node: isinstance(node, tuple),
     )
     params = random_tree(0, like)
-    tx = build(settings_named(name), Constant(), STEPS, like)
+    tx = build(settings_of(name), Constant(), STEPS, like)
 
     def three(params, state):
         for step in range(3):

@@ -28,6 +28,7 @@ COMPILE_LIMIT, TIME_LIMIT = 240.0, 120.0  # seconds of a process
 ROWS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "attention with all scores": {"attention": "plain"},
+    "attention in blocks of queries": {"attention": "blocks"},
     "scan over layers": {"scan": True},
     "recompute all of a block": {"remat": "full"},
     "recompute all but products": {"remat": "dots"},
@@ -55,6 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
 PROFILED = (DEFAULT, "neither", AS_A_RUN)
 EXPECTED: dict[str, str] = {
     "attention with all scores": "slower by half: reads and writes [B, H, T, T] a dozen times",
+    "attention in blocks of queries": "slower by a third: half of the scores, through memory",
     "scan over layers": "slower by 2 to 5 %: copies into stacks, no fusion across layers",
     "recompute all of a block": "slower by a fourth: one more forward pass of the blocks",
     "recompute all but products": "slower by 5 to 8 %: norms, activations and attention again",

@@ -31,8 +31,10 @@ from model.presets import gpt2
 
 LARGEST = 7 * 2**30  # bytes: a step that needs more is compiled, but not run
 EXCESS = 0.2  # of an exponent over that of the FLOP count, from which the text says so
+SCANNED = "layers in a scan"  # one block compiled for all, `TransformerConfig.scan_layers`
 SIZES: dict[str, tuple[int, ...]] = {
     "layers": (2, 4, 8, 16, 24, 32, 48),
+    SCANNED: (2, 8, 24, 48),
     "width": (128, 256, 512, 1024, 2048),
     "length": (128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     "vocabulary": (256, 1024, 4096, 16384, 32768, 65536, 131072),
@@ -47,8 +49,10 @@ def shape_at(axis: str, size: int) -> Shape:
 
     >>> shape_at("length", 4096).batch_size, shape_at("layers", 48).batch_size
     (1, 8)
+    >>> shape_at("layers in a scan", 8).model.scan_layers
+    True
     """
-    at = {**BASE, axis: size}
+    at = {**BASE, "layers" if axis == SCANNED else axis: size}
     model: TransformerConfig = gpt2(
         layers=at["layers"],
         width=at["width"],
@@ -56,6 +60,7 @@ def shape_at(axis: str, size: int) -> Shape:
         max_length=at["length"],
         vocabulary_size=at["vocabulary"],
         dropout=0.0,
+        scan_layers=axis == SCANNED,
     )
     return Shape(model, max(1, TOKENS // at["length"]), at["length"])
 
@@ -188,11 +193,32 @@ def text(results: Sequence[Measured]) -> str:
             + ", ".join(f"{name} {size}" for name, size in BASE.items())
             + f" otherwise, {TOKENS} tokens a batch (one row where it is longer):",
             rows_of(("over", "sizes", *names), exponents),
+            *_scanned(points_of(results)),
             *(sentences or ["Nothing grows faster than the operations do."]),
             "Costs relative to the smallest size:",
             rows_of(("at", *names), rows),
         ]
     )
+
+
+def _scanned(by_axis: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
+    """What a scan over the layers costs and saves at the depths that both forms have."""
+    loop, scan = (by_axis.get(axis, {}) for axis in ("layers", SCANNED))
+    found = []
+    for size in sorted(set(loop) & set(scan)):
+        ratios = {
+            cost: loop[size][cost] / scan[size][cost]
+            for cost in COSTS
+            if loop[size][cost] and scan[size][cost]
+        }
+        found.append([str(size), *(f"{ratios[c]:.2f}x" if c in ratios else "" for c in COSTS)])
+    if not found:
+        return []
+    about = (
+        "A program grows with its layers unless they are scanned (`scan_layers`). The loop's cost, "
+        "of the scan's:"
+    )
+    return [about, rows_of(("layers", "step", "memory", "compilation"), found)]
 
 
 def picture(results: Sequence[Measured], path: Path) -> None:

@@ -121,7 +121,7 @@ class Scale:
         return dataclasses.replace(self, **changes)
 
 
-# 1.1 M parameters and 1.2 million tokens, so that either baseline takes under two minutes on two
+# 1.1 M parameters and 1.2 million tokens, so that either baseline takes about two minutes on two
 # cores. Choices are those of experiments/results/speedrun-tuning-cpu.json.
 CPU = Scale(
     name="cpu",
