@@ -56,7 +56,7 @@ SLOW = (
     "radam",
     "momo_adam",
 )
-# An update of these is the way to a point that is rounded as the weights are.
+# An update of these is the way to a point made in three operations, rounded as the weights are.
 BETWEEN_POINTS = ("cocob", "madgrad")
 VALUE = jnp.float32(3.0)
 
@@ -241,7 +241,7 @@ def test_updates_in_bfloat16_are_near_those_in_float32(name):
         # 2**-8 to each of the dozens of roundings of five Newton-Schulz steps
         allowed = 0.1 * np.linalg.norm(exact)
         if name in BETWEEN_POINTS:
-            allowed += 2**-8 * np.linalg.norm(np.float32(by_path(params)[path]))
+            allowed += 3 * 2**-9 * np.linalg.norm(np.float32(by_path(params)[path]))
         assert np.linalg.norm(error) <= allowed, path
 
 
