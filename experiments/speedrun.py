@@ -25,6 +25,7 @@ the lengths that suited the validation split, on which all else is measured.
     python -m experiments.speedrun --scale cpu --tune muon         # those of one rung
     python -m experiments.speedrun --scale cpu --tuned             # the ladder with what they chose
     python -m experiments.speedrun --scale cpu --sizes             # rungs at four sizes, and a fit
+    python -m experiments.speedrun --scale cpu --sizes --size 0.5M 1.3M
     python -m experiments.speedrun --scale cpu --sizes --side-by-side
     python -m experiments.speedrun --scale cpu --side-by-side      # steps alone, in turn
 

@@ -30,6 +30,13 @@ def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
     assert picture.exists()
     with pytest.raises(ValueError, match="jax lies below rate"):
         run_ladder(ladder(tmp_path, sizes=True, rung=("jax",)))
+    one = ladder(tmp_path / "one", sizes=True, size=("20k",), rung=("muon",))
+    cells = cells_of(run_ladder(one)[1].read_text(), "muon")
+    assert [bool(cell) for cell in cells[1:5]] == [False, True, False, False]
+    with pytest.raises(ValueError, match="no size is called '1B'; there are 8k, 20k"):
+        run_ladder(dataclasses.replace(one, size=("1B",)))
+    with pytest.raises(ValueError, match="give that as well"):
+        run_ladder(dataclasses.replace(one, sizes=False))
     with pytest.raises(ValueError, match="torch lies below rate"):
         run_ladder(ladder(tmp_path, sizes=True, rung=("torch", "muon")))
 

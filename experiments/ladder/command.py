@@ -56,6 +56,7 @@ class Asked:
       tuned: take the choices of the trials on record in place of those in `scales.py`.
       tune: rungs, torch-tuned or all, whose trials are run in place of the ladder.
       sizes: measure rungs at four sizes in place of the ladder.
+      size: those of the four that are measured, such as 12M; all by default.
       side_by_side: time the steps of rungs and of the tuned baseline in turn, in place of the runs;
         at four sizes together with `sizes`.
       fresh: forget earlier results of this command, of the rungs that are named or of all, and run
@@ -72,6 +73,7 @@ class Asked:
     tuned: bool = False
     tune: tuple[str, ...] = ()
     sizes: bool = False
+    size: tuple[str, ...] = ()
     side_by_side: bool = False
     fresh: bool = False
     results: Path = Path(__file__).parents[1] / "results"
@@ -124,6 +126,8 @@ def run_ladder(command: Ladder) -> list[Path]:
             "--held-out test is for the ladder alone: trials and sizes never see the test split, "
             "and steps are as long on either"
         )
+    if command.size and not command.sizes:
+        raise ValueError(f"--size {' '.join(command.size)} is one of --sizes; give that as well")
     kind = "tuning" if command.tune else "sizes" if command.sizes else ""
     path = command.results / f"speedrun-{'-'.join(filter(None, (kind, scale.name)))}.json"
     gathered = read(path)
@@ -142,9 +146,10 @@ def run_ladder(command: Ladder) -> list[Path]:
     if command.tune:
         written = run_tuning(site, command.tune, path, failures)
     elif command.sizes and command.side_by_side:
-        written = time_sizes(site, command.rung, path, failures)
+        written = time_sizes(site, command.rung, path, failures, command.size)
     elif command.sizes:
-        written = run_sizes(site, command.rung, command.seeds, path, failures)
+        at = (command.seeds, path, failures, command.size)
+        written = run_sizes(site, command.rung, *at)
     else:
         print("\n".join(standing(_trials_of(command, site))))
         try:

@@ -121,7 +121,12 @@ def scales_of(scale: Scale) -> dict[str, Scale]:
 
 
 def run_sizes(
-    site: Site, names: tuple[str, ...], seeds: int, path: Path, failures: Failures
+    site: Site,
+    names: tuple[str, ...],
+    seeds: int,
+    path: Path,
+    failures: Failures,
+    only: tuple[str, ...] = (),
 ) -> list[Path]:
     """Climbs at every size, and returns the files written.
 
@@ -131,9 +136,10 @@ def run_sizes(
       seeds: how many.
       path: of the JSON; Markdown and picture lie beside it.
       failures: takes in rungs that failed; others go on.
+      only: labels of sizes; all if empty.
 
     Raises:
-      ValueError: a rung below the first that is measured.
+      ValueError: a rung below the first that is measured, or no such size.
     """
     chosen = _above(names)
 
@@ -145,10 +151,16 @@ def run_sizes(
                     with failures.passed_over(f"{name} at {label}, seed {seed}"):
                         climb(small, name, seed, mean_end(small, FROM))
 
-    return _at_every_size(site, path, climbed)
+    return _at_every_size(site, path, climbed, only)
 
 
-def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failures) -> list[Path]:
+def time_sizes(
+    site: Site,
+    names: tuple[str, ...],
+    path: Path,
+    failures: Failures,
+    only: tuple[str, ...] = (),
+) -> list[Path]:
     """Times steps in turn at every size, and returns the files written.
 
     Args:
@@ -156,9 +168,10 @@ def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failure
       names: rungs; the first and all that are kept if empty.
       path: of the JSON.
       failures: takes in rungs that failed; others go on.
+      only: labels of sizes; all if empty.
 
     Raises:
-      ValueError: a rung below the first that is measured.
+      ValueError: a rung below the first that is measured, or no such size.
     """
     chosen = (FROM, *_above(names))
 
@@ -167,13 +180,20 @@ def time_sizes(site: Site, names: tuple[str, ...], path: Path, failures: Failure
             with failures.passed_over(f"{SIDE_BY_SIDE}{name} at {label}"):
                 measure(small, name)
 
-    return _at_every_size(site, path, measured)
+    return _at_every_size(site, path, measured, only)
 
 
-def _at_every_size(site: Site, path: Path, work: Callable[[str, Site], None]) -> list[Path]:
+def _at_every_size(
+    site: Site, path: Path, work: Callable[[str, Site], None], only: tuple[str, ...]
+) -> list[Path]:
     """Does the work at one size after another until the minutes are up; writes what is there."""
+    scales = scales_of(site.scale)
+    if unknown := [label for label in only if label not in scales]:
+        raise ValueError(f"no size is called {unknown[0]!r}; there are {', '.join(scales)}")
     try:
-        for label, scale in scales_of(site.scale).items():
+        for label, scale in scales.items():
+            if only and label not in only:
+                continue
             work(label, dataclasses.replace(site, scale=scale))
     except TimeoutError as late:
         print(f"\nthe minutes are up: {late}")
