@@ -16,7 +16,7 @@ from model import cache as kv
 from model.attention import Attention, Visibility, dot_product_attention
 from model.config import TransformerConfig
 from model.dropout import dropout_of, dropped
-from model.linear import Linear, elementwise
+from model.linear import Linear, recomputed_on_gpu
 from model.norm import Norm
 from model.positions import Rotation, rotate
 from model.prefix import KEY as PREFIX
@@ -154,7 +154,7 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         activate, gated = ACTIVATIONS[c.activation]
-        activate = elementwise(activate)
+        activate = recomputed_on_gpu(activate)
         h_BTF = _linear(c, "up", c.ffn_width_)(x_BTD)
         if gated:
             h_BTF = activate(_linear(c, "gate", c.ffn_width_)(x_BTD)) * h_BTF

@@ -80,7 +80,7 @@ def gpu_forms(platform: str | None = None) -> bool:
     return there and _cuda_version() >= OLDEST_CUDA_DEVICE
 
 
-def elementwise(
+def recomputed_on_gpu(
     function: Callable[[jax.Array], jax.Array], platform: str | None = None
 ) -> Callable[[jax.Array], jax.Array]:
     """Returns the function in the form whose backward pass moves the fewest bytes.
@@ -94,7 +94,7 @@ def elementwise(
       function: of single numbers, applied to an array.
       platform: what the program is for, see `gpu_forms`.
 
-    >>> elementwise(jax.nn.gelu, "cpu") is jax.nn.gelu
+    >>> recomputed_on_gpu(jax.nn.gelu, "cpu") is jax.nn.gelu
     True
     """
     return jax.checkpoint(function) if gpu_forms(platform) else function

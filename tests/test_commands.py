@@ -201,7 +201,7 @@ def test_evaluation_equals_one_by_hand(call, folder, text, protocol, length, str
     assert value["bits per byte"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_rows_at_a_time_change_no_figure(call):
+def test_rows_at_a_time_change_figures_by_rounding_alone(call):
     """Alike but for rounding: a product of other shape adds in another order, by processor."""
     one, other = (call(evaluate, **flags).split() for flags in ({}, {"batch-size": 3}))
     assert [word for word in one if not _is_number(word)] == [

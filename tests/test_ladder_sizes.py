@@ -33,6 +33,19 @@ def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
     one = ladder(tmp_path / "one", sizes=True, size=("20k",), rung=("muon",))
     cells = cells_of(run_ladder(one)[1].read_text(), "muon")
     assert [bool(cell) for cell in cells[1:5]] == [False, True, False, False]
+    path = run_ladder(dataclasses.replace(one, size=("20k", "8k")))[0]
+    before = read(path)
+    anew = dataclasses.replace(
+        one, size=("8k",), fresh=True, cells=tmp_path / "anew", run=(again := Counting())
+    )
+    run_ladder(anew)
+    assert again.ran
+    other, small = sorted(before.index)  # 20k, 8k
+    assert read(path).index == before.index
+    anew = dataclasses.replace(anew, cells=tmp_path / "none", max_minutes=-1.0)
+    run_ladder(anew)
+    assert read(path).index[other] == before.index[other]  # which was not named
+    assert len(read(path).index[small]) < len(before.index[small])
     with pytest.raises(ValueError, match="no size is called '1B'; there are 8k, 20k"):
         run_ladder(dataclasses.replace(one, size=("1B",)))
     with pytest.raises(ValueError, match="give that as well"):

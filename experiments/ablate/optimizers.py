@@ -9,8 +9,8 @@ Each has five rates to choose from (`train.optimizers.table.RATE_GRIDS`), tried 
 table does not use; where the best is the lowest or the highest, up to three more beyond it, so that
 the numbers of trials differ. All losses are of the validation split: the test split is kept for
 recipes that are chosen, and what stands here may become part of one. Steps and seconds are to the
-mean loss that AdamW ends at. A seed that ends above it counts with all of its steps: it would have
-taken more, so that > stands before the steps of another optimizer than AdamW, and < before how much
+mean loss that AdamW ends at, which AdamW takes all of its steps for. A seed of another that ends
+above it would have taken more than all: such a row has > before its steps, and < before how much
 faster it is. Seconds are steps times those of one, which are measured apart, all optimizers in turn
 in one process.
 
@@ -247,13 +247,14 @@ def _row(
     seeds = results.by_name[name]
     values = next(iter(seeds.values()))
     reached = [crossing(each["evaluations"], target) for each in seeds.values()]
+    if name == FIRST:
+        reached = [STEPS] * len(reached)  # which the target is the mean end of
     there = sum(step is not None for step in reached)
     missed = f" ({there} of {len(reached)})" if there < len(reached) else ""
-    more, less = ("> ", "< ") if missed and name != FIRST else ("", "")
-    timed: Mapping[str, float] = steps.get(name, {}) if there else {}
-    cost = steps.get(name, {}).get("ratio")
-    taken, base = (_steps_of(results, each, target) for each in (name, FIRST))
-    faster = base / (taken * cost) if there and cost and base else None
+    more, less = ("> ", "< ") if missed else ("", "")
+    taken = float(np.mean([STEPS if step is None else step for step in reached]))
+    timed: Mapping[str, float] = steps.get(name, {})
+    both = bool(there and timed)
     parameters = values["parameters"]
     return [
         f"**{name}**" if name in MISSION else name,
@@ -262,20 +263,13 @@ def _row(
         spread(results.column(name, "loss")),
         spread(results.column(name, "bits per byte")),
         f"{more}{taken:.0f}{missed}" if there else "not reached",
-        f"{1e3 * steps[name]['seconds']:.1f}" if name in steps else "",
-        f"{more}{taken * timed['seconds']:.1f}" if timed else "",
-        f"{cost:.2f}x" if cost else "",
-        f"{less}{faster:.2f}x" if faster else "",
+        f"{1e3 * timed['seconds']:.1f}" if timed else "",
+        f"{more}{taken * timed['seconds']:.1f}" if both else "",
+        f"{timed['ratio']:.2f}x" if timed else "",
+        f"{less}{STEPS / (taken * timed['ratio']):.2f}x" if both else "",
         f"{values['state bytes'] / parameters:.1f}",
         ", ".join(sorted({each["reason"] for each in seeds.values()})),
     ]
-
-
-def _steps_of(results: Results, name: str, target: float) -> float:
-    """Mean steps to a target; all of them for a seed that ends above the mean."""
-    rows = results.by_name.get(name, {}).values()
-    found = [crossing(values["evaluations"], target) for values in rows]
-    return float(np.mean([step or STEPS for step in found])) if found else math.nan
 
 
 def _rate(values: Mapping[str, Any]) -> str:

@@ -215,8 +215,8 @@ def _scanned(by_axis: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str
     if not found:
         return []
     about = (
-        "A program grows with its layers unless they are scanned (`scan_layers`). The loop's cost, "
-        "of the scan's:"
+        "A program grows with its layers unless they are scanned (`scan_layers`). Costs of the "
+        "loop over those of the scan, above 1 where the scan costs less:"
     )
     return [about, rows_of(("layers", "step", "memory", "compilation"), found)]
 

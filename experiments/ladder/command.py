@@ -59,8 +59,8 @@ class Asked:
       size: those of the four that are measured, such as 12M; all by default.
       side_by_side: time the steps of rungs and of the tuned baseline in turn, in place of the runs;
         at four sizes together with `sizes`.
-      fresh: forget earlier results of this command, of the rungs that are named or of all, and run
-        again: runs, trials, or the steps timed on this machine.
+      fresh: forget earlier results of this command, of the rungs and sizes that are named or of
+        all, and run again: runs, trials, or the steps timed on this machine.
       results: where JSON, Markdown and pictures of the ladder lie.
     """
 
@@ -146,10 +146,9 @@ def run_ladder(command: Ladder) -> list[Path]:
     if command.tune:
         written = run_tuning(site, command.tune, path, failures)
     elif command.sizes and command.side_by_side:
-        written = time_sizes(site, command.rung, path, failures, command.size)
+        written = time_sizes(site, command.rung, path, failures, only=command.size)
     elif command.sizes:
-        at = (command.seeds, path, failures, command.size)
-        written = run_sizes(site, command.rung, *at)
+        written = run_sizes(site, command.rung, command.seeds, path, failures, only=command.size)
     else:
         print("\n".join(standing(_trials_of(command, site))))
         try:
@@ -197,7 +196,8 @@ def _forget(site: Site, command: Ladder) -> None:
     names = names or command.rung
     here = processor_of(machine())
     for table, rows in site.gathered.index.items():
-        if site.table not in (table, *table.split(": ")):  # of a size, or of a group of trials
+        label, *_ = of = table.split(": ")  # of a size, or of a group of trials
+        if site.table not in (table, *of) or (command.size and label not in command.size):
             continue
         for title in list(rows):
             timed = title.removeprefix(SIDE_BY_SIDE)

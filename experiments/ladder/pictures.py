@@ -16,7 +16,7 @@ from experiments.ladder.climb import (
     Site,
     lengths_of,
 )
-from experiments.ladder.rows import curves_of, mean_end, names_of, row_of
+from experiments.ladder.rows import curves_of, mean_end, names_of, paced, row_of
 from experiments.ladder.rungs import RUNGS
 from experiments.ladder.side_by_side import clock_of, timed
 
@@ -81,7 +81,9 @@ def _bars(axes: Any, site: Site, names: list[str], target: float) -> None:
     rows = [row for row in rows if not math.isnan(_longest(site, row.name))]
     for place, row in enumerate(rows):
         there = len(row.reached) > 0
-        mean, error = row.mean("training") if there else (_longest(site, row.name), math.nan)
+        mean, error = (
+            paced(site, row, "training") if there else (_longest(site, row.name), math.nan)
+        )
         colour = "black" if row.name in BASELINES else "tab:blue" if row.name in kept else "silver"
         bar = {"color": colour} if there else {"color": "white", "edgecolor": colour, "hatch": "//"}
         axes.barh(place, mean, xerr=0.0 if math.isnan(error) else error, **bar)

@@ -18,11 +18,11 @@ from experiments.ladder.climb import (
     searched,
 )
 from experiments.ladder.held_out import planned_ratio, planned_row
-from experiments.ladder.measure import last_bits
 from experiments.ladder.report_about import about
 from experiments.ladder.rows import (
     Ratio,
     Row,
+    along,
     at_least,
     compared_with,
     cost_ratio,
@@ -31,6 +31,7 @@ from experiments.ladder.rows import (
     mean_and_error,
     mean_end,
     names_of,
+    paced,
     ratio_in_turn,
     row_of,
 )
@@ -40,7 +41,6 @@ from experiments.tables.markdown import grid
 
 SEEDS_TO_KEEP = 3  # what `kept` is decided on
 CLEAR = 0.05  # p: what lies above is no verdict
-NEAR = 0.1  # bits per byte, of the end of a run to a target
 RATIOS = ("rung", "seconds", "p", "with compiling", "cold", "tokens")
 RATIOS_OF = ("compiled", "cold", "tokens")
 SECONDS = ("training", "compiled", "cold")
@@ -107,20 +107,6 @@ def _cost_row(site: Site, row: Row) -> list[str]:
         _with_error(paced(site, row, "speed"), "{:,.0f}"),
         peak,
     ]
-
-
-def paced(site: Site, row: Row, what: str) -> tuple[float, float]:
-    """Returns the mean of a cost in time and its standard error, that of the pace included.
-
-    All seeds have one pace, timed against the tuned baseline's, which itself has no error here.
-    """
-    mean, error = row.mean(what)
-    speed = speed_of(site, row.name)
-    if speed is None:
-        return mean, error
-    if what == "speed":
-        return mean, mean * speed.error
-    return mean, math.hypot(error, row.mean("training")[0] * speed.error)
 
 
 def _ratios(site: Site, rows: dict[str, Row], baseline: str) -> list[str]:
@@ -201,7 +187,7 @@ def _planned(site: Site, baseline: str, target: float) -> list[str]:
             [
                 *(name, str(len(ends)), _with_error(tokens, "{:,.0f}")),
                 *(_with_error(bits, "{:.4f}"), _with_error(over, "{:+.4f}"), str(there)),
-                _with_error(mean_and_error([end.training for end in ends]), "{:.1f}"),
+                _with_error(paced(site, Row(name, row.ends), "training"), "{:.1f}"),
                 f"{_with_error(found, '{:.2f}')}x" if found and found.pairs else "",
                 p_value(found) if found else "",
             ]
@@ -217,47 +203,42 @@ def _planned(site: Site, baseline: str, target: float) -> list[str]:
 
 def _ranges(site: Site) -> list[str]:
     """Ratios to baselines at other losses."""
-    targets = sorted({mean_end(site, TORCH), *further_targets(site)}, reverse=True)
-    targets = [*(t for t in targets if not math.isnan(t)), mean_end(site, TORCH_TUNED)]
-    if not targets or any(map(math.isnan, targets)):
+    first, last = mean_end(site, TORCH), mean_end(site, TORCH_TUNED)
+    middle = sorted(further_targets(site), reverse=True)
+    if math.isnan(first) or math.isnan(last):
         return ["The baselines have not run yet."]
     lines = [
-        "To so many bits per byte; each row takes what lies between two of its runs, or two "
-        "evaluations of the fastest of them, whatever length it was planned for, and > is against "
-        "all of a baseline that did not get there. Empty is what has not been timed, or, to the "
-        "rung below at the first baseline's end, where only one of the two has runs as short as "
-        "that takes.",
+        "To so many bits per byte. At the ends of the two baselines as above, and at the first "
+        "one's between rows that look for lengths to suit it. Between them along the runs that "
+        "are planned for the tuned one's end, between two evaluations; empty where a target lies "
+        "before the first of those, or where a row has not been timed. > is against all of a "
+        "baseline that did not get there.",
     ]
-    names, first = names_of(site), mean_end(site, TORCH)
-    ends = {target: TORCH if target == first else TORCH_TUNED for target in targets}
-    found = {t: {name: row_of(site, name, t, ends[t]) for name in names} for t in targets}
+    names = names_of(site)
+    suited = [name for name in names if searched(name, TORCH)]
+    found = {target: {name: along(site, name, target) for name in names} for target in middle}
+    found[first] = {name: row_of(site, name, first, TORCH) for name in suited}
+    found[last] = {name: row_of(site, name, last, TORCH_TUNED) for name in names}
+    targets = [first, *(target for target in middle if last < target < first), last]
     for baseline, what, about_ in RANGES:
         body = []
         for name in names:
-            to = baseline or compared_with(name)
-            if to is None:
-                continue
-            cells = []
-            for target in targets:
-                rows = found[target]
-                one = _ratio(site, rows[name], rows, to, what)[0]
-                if name == to:
-                    one = "1" if rows[name].reached else ""
-                elif not baseline and target == first:
-                    alike = _short(site, name, target) == _short(site, to, target)
-                    one = one if alike else ""
-                cells.append(one or ("" if rows[name].reached else "not reached"))
-            body.append([name, *cells])
+            if to := baseline or compared_with(name):
+                cells = [_range(site, name, to, found[target], what) for target in targets]
+                body.append([name, *cells])
         head = ["rung", *(f"{target:.3f}" for target in targets)]
         lines += ["", f"To {baseline or 'the rung below'}, {about_}:", ""]
         lines += grid(head, body, "l" + "r" * len(targets))
     return lines
 
 
-def _short(site: Site, name: str, target: float) -> bool:
-    """Whether a row has runs planned to end about a target; a baseline's budget is its plan."""
-    ends = [max(map(last_bits, runs)) for runs in curves_of(site, name).values()]
-    return name in BASELINES or all(bits > target - NEAR for bits in ends)
+def _range(site: Site, name: str, to: str, rows: dict[str, Row], what: str) -> str:
+    """A ratio at one of the targets; 1 of a row to itself."""
+    if name not in rows or not rows[name].seeds:
+        return ""
+    if not rows[name].reached:
+        return "not reached"
+    return "1" if name == to else _ratio(site, rows[name], rows, to, what)[0]
 
 
 def _steps(site: Site) -> list[str]:
@@ -306,9 +287,9 @@ def verdict(site: Site, row: Row) -> tuple[str, str]:
     logarithm of its ratios to the rung below lies above 0, and would lie as far off by chance in
     one of twenty cases at most (a paired t-test), over three seeds at least; it does not if it lies
     below as clearly. Where the rung below never gets there, both are held against the first
-    baseline's end. Without such timings there is no verdict, since runs of different hours differ
-    by more than many a rung is worth. Seeds that missed the target leave no verdict: those
-    that are left would be the good ones.
+    baseline's end, if both look for lengths that suit it. Without such timings there is no verdict,
+    since runs of different hours differ by more than many a rung is worth. Seeds of either that
+    missed the target leave no verdict: those that are left would be the good ones.
     """
     kept = rung_named(row.name).kept
     word = "yes" if kept else "no"
@@ -317,26 +298,27 @@ def verdict(site: Site, row: Row) -> tuple[str, str]:
         return word, ""
     to = row_of(site, under, mean_end(site, TORCH_TUNED), TORCH_TUNED)
     goal = ""
-    if row.reached and to.seeds and not to.reached and searched(under, TORCH):
-        # So slow that only the nearer target has both; it was searched for by either.
-        goal = " to the first baseline's end, the other is out of reach below"
+    if to.seeds and not to.reached and searched(row.name, TORCH) and searched(under, TORCH):
         row, to = (row_of(site, name, mean_end(site, TORCH), TORCH) for name in (row.name, under))
+        goal = f" (to the first baseline's end: {under} never gets to the tuned one's)"
     ratios = {where: ratio_in_turn(site, row, to, where) for where in processors(site)}
     where, found = next(((w, f) for w, f in ratios.items() if f is not None), ("", None))
     if found is None:
         return word, "no verdict: its steps have not been timed in turn (--side-by-side)"
     if not found.pairs:
         return word, "nothing to compare"
-    figure = f"{_with_error(found, '{:.2f}')}x{goal}"
+    figure = f"{_with_error(found, '{:.2f}')}x"
     if where != next(iter(ratios)):
         figure += f" on {where}"
-    if late := [str(seed) for seed in row.seeds if seed not in row.reached]:
+    pairs = set(row.seeds) & set(to.seeds or row.seeds)
+    there = pairs & set(row.reached) & set(to.reached if to.seeds else pairs)
+    if late := [str(seed) for seed in sorted(pairs - there)]:
         return word, f"no verdict, {figure}: the target was not reached with seed {', '.join(late)}"
     if found.pairs < SEEDS_TO_KEEP:
         plural = "s" if found.pairs > 1 else ""
         return word, f"no verdict from {found.pairs} seed{plural}, {figure}"
     pays = "unclear" if found.p > CLEAR else "yes" if found.errors > 0 else "no"
-    says = f"{pays}, {figure}, p {p_value(found)}"
+    says = f"{pays}, {figure}, p {p_value(found)}{goal}"
     if pays == "unclear" and kept:
         says += " (**kept without proof**)"
     elif pays == ("no" if kept else "yes"):

@@ -44,13 +44,15 @@ def about(site: Site, path: Path) -> list[str]:
         "costs are interpolated between the two that end on either side of the target "
         "(`experiments/ladder/measure.py`), and where there are no such two between evaluations of "
         f"a run, {scale.evaluations} of them. "
-        "Figures are means over seeds ± standard errors; ratios are of paired seeds, above 1 is "
+        "Figures are means over seeds ± standard errors; those of seconds and of tokens a second "
+        "have the error of the pace to the tuned baseline's in them, whose own pace counts as "
+        "exact; ratios are of paired seeds, above 1 is "
         "faster, p is of a two-sided paired t-test of their logarithms. "
         f"{_seconds(site)} {_split(site)}",
         "",
         *_tuned_batch(site),
         *_facts(site),
-        *_whole(site),
+        *_a_seed(site),
         *(f"* {name}: {BASELINES[name]}" for name in baselines_of(scale)),
         *(f"* {rung.name}: {rung.about}" for rung in RUNGS),
     ]
@@ -119,18 +121,20 @@ def _facts(site: Site) -> Iterable[str]:
         yield f"* threads: {', '.join(said)}"
 
 
-def _whole(site: Site) -> Iterable[str]:
-    """What one seed of all rungs took, for whoever wants to run it."""
+def _a_seed(site: Site) -> Iterable[str]:
+    """What the first seed of all rungs took, for whoever wants to run one."""
     counted = {}
     for rung in RUNGS:
         clock, lengths = clock_of(site, rung.name), lengths_of(site, rung.name, 0)
         if clock is not None and lengths:
-            counted[rung.name] = len(lengths), clock.token * sum(lengths)
+            training, compiling = clock.token * sum(lengths), clock.compiling * len(lengths)
+            counted[rung.name] = len(lengths), training, compiling
     if counted:
-        runs, seconds = map(sum, zip(*counted.values(), strict=True))
+        runs, training, compiling = map(sum, zip(*counted.values(), strict=True))
         yield (
-            f"* one seed of {len(counted)} rungs: {runs} runs, {seconds / 60:.0f} minutes of "
-            "training at this pace, beside their compilation and evaluations, and without baselines"
+            f"* the first seed of {len(counted)} rungs, to both targets where a row has both: "
+            f"{runs} runs on record, {training / 60:.0f} minutes of training at this pace and "
+            f"{compiling / 60:.0f} of compilation, without evaluations and baselines"
         )
 
 
@@ -158,7 +162,8 @@ def _trials(site: Site, path: Path) -> list[str]:
         )
     if new := changes(site.scale.choices, on_record(path, site)[-1].after):
         lines[0] += f" **The rows below do not have what they chose: {', '.join(new)}.**"
-    lines[0] += f" Ours outside of them: {'; '.join(OUTSIDE_TRIALS)}."
+    if more := OUTSIDE_TRIALS.get(plain.name):
+        lines[0] += f" Ours outside of them: {'; '.join(more)}."
     lines.append("")
     for chosen in found:
         lines.append(f"* {chosen.group.name} ({len(chosen.bits)}): {_grid(chosen)}")

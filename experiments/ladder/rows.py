@@ -18,9 +18,9 @@ from experiments.ladder.climb import (
     Site,
     lengths_of,
 )
-from experiments.ladder.measure import BEYOND, Reached, fastest, last_bits, whole
+from experiments.ladder.measure import BEYOND, Reached, fastest, last_bits, reached, whole
 from experiments.ladder.rungs import RUNGS, below
-from experiments.ladder.side_by_side import EQUAL, Speed, clock_of, speed_against, timed
+from experiments.ladder.side_by_side import EQUAL, Speed, clock_of, speed_against, speed_of, timed
 
 Curves = Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]
 """seed -> the runs of a row, of several lengths, each as its evaluations."""
@@ -128,6 +128,41 @@ def priced(site: Site, name: str, found: Reached) -> Reached:
     )
 
 
+def along(site: Site, name: str, target: float) -> Row:
+    """Returns what a row took to a target on its way to the tuned baseline's end.
+
+    Of each seed the shortest run counts that gets there (the longest where none does), between two
+    of its evaluations: what a run is planned for decides how soon it is where. A seed whose first
+    evaluation lies under the target already is left out of both `reached` and `seeds`.
+    """
+    goal = mean_end(site, TORCH_TUNED)
+    found: dict[int, Reached] = {}
+    seeds = []
+    for seed, runs in curves_of(site, name).items():
+        points = next((run for run in runs if last_bits(run) <= goal), runs[-1])
+        if not points or float(points[0]["bits"]) <= target:
+            continue
+        seeds.append(seed)
+        if (there := reached(points, target)) is not None:
+            found[seed] = priced(site, name, there)
+    return Row(name, found, tuple(seeds))
+
+
+def paced(site: Site, row: Row, what: str) -> tuple[float, float]:
+    """Returns the mean of a cost in time and its standard error, that of the pace included.
+
+    All seeds have one pace, timed against the tuned baseline's, which counts as exact: its tokens a
+    second have no error (NaN).
+    """
+    mean, error = row.mean(what)
+    speed = speed_of(site, row.name)
+    if speed is None or not timed(site):
+        return mean, error
+    if what == "speed":
+        return mean, mean * speed.error if row.name != TORCH_TUNED else math.nan
+    return mean, math.hypot(error, row.mean("training")[0] * speed.error)
+
+
 class Ratio(NamedTuple):
     """How many times the cost of one row another one had, over paired seeds.
 
@@ -212,7 +247,8 @@ def cost_ratio(site: Site, of: Row, to: Row, what: str = "training") -> Ratio:
         return ratio(of, to, what)
     if what == "training":
         return ratio_of(_pairs(of, to, "tokens"), speed)
-    return ratio_of(_pairs(of, to, what), Speed(1.0, speed.error))
+    share = of.mean("training")[0] / of.mean(what)[0]  # what else there is has no pace
+    return ratio_of(_pairs(of, to, what), Speed(1.0, speed.error * share))
 
 
 def at_least(site: Site, of: Row, baseline: str, what: str = "training") -> float:

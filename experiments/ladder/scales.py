@@ -122,7 +122,7 @@ class Scale:
 
 
 # 1.1 M parameters and 1.2 million tokens, so that either baseline takes about two minutes on two
-# cores. Choices are those of experiments/results/speedrun-tuning-cpu.json.
+# cores of a Zen 4. Choices are those of experiments/results/speedrun-tuning-cpu.json.
 CPU = Scale(
     name="cpu",
     data=("stdlib",),

@@ -259,7 +259,7 @@ def write_sizes(site: Site, path: Path) -> list[Path]:
     lines += [" ".join((__doc__ or "").split()), ""]
     compared_at = _of_one_clock(site, scales)
     if left := [label for label in scales if label not in compared_at]:
-        lines += [f"Not timed, and so left out: {', '.join(left)}.", ""]
+        lines += [f"Not run or not timed, and so left out: {', '.join(left)}.", ""]
     elif not any(timed(dataclasses.replace(site, scale=scale)) for scale in scales.values()):
         lines += ["**Seconds are those of the runs, as no steps have been timed.**", ""]
     body, points = [], {}

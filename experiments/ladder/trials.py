@@ -3,7 +3,8 @@
 Trials come in groups. Each group holds what the groups before it chose and tries every value of its
 own grid, whatever stands in `experiments/ladder/scales.py` for that: so a chain of groups can run
 unattended, and gives the same runs again once its choices stand there. The torch baseline and our
-recipe have equally many (a test counts them); rungs that it is not made of come on top.
+recipe have equally many (a test counts them); rungs that it is not made of come on top, and so does
+what was run outside of any group (`experiments.ladder.techniques.OUTSIDE_TRIALS`).
 """
 
 from __future__ import annotations
