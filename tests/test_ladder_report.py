@@ -84,6 +84,7 @@ def test_between_the_ends_rows_are_compared_along_runs_planned_alike(tmp_path, n
     below = cells_of(text, "muon", "To the rung below, seconds of training:")[1:]
     to_tuned = cells_of(text, "muon", f"To {TORCH_TUNED}, seconds of training:")[1:]
     assert len(below) == len(to_tuned) == len(targets)
+    assert "suit this loss are looked for by jax, rate, muon. Others take at most" in text
     assert below[0] == ""  # muon looks for lengths that suit the first baseline's end, block not
     assert to_tuned[0].endswith("x")
     for target, cell in zip(targets[1:-1], to_tuned[1:-1], strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.ladder.climb import (
@@ -72,7 +72,12 @@ def render(site: Site, path: Path) -> list[str]:
             continue
         lines += ["", f"### To the end of {what}: {target:.4f} bits per byte", ""]
         rows = {name: row_of(site, name, target, baseline) for name in names_of(site)}
-        lines += [*_costs(site, rows), "", *_ratios(site, rows, baseline)]
+        lines += [
+            *_looking(rows, baseline),
+            *_costs(site, rows),
+            "",
+            *_ratios(site, rows, baseline),
+        ]
         if site.scale.held_out == "test":
             lines += ["", *_planned(site, baseline, target)]
     if any(not math.isnan(mean_end(site, baseline)) for baseline in (TORCH, TORCH_TUNED)):
@@ -82,6 +87,18 @@ def render(site: Site, path: Path) -> list[str]:
     if site.scale.held_out == "validation":  # nothing is chosen on the test split
         lines += ["", "### What is kept, and what it leaves in", "", *_kept(site)]
     return lines
+
+
+def _looking(rows: Mapping[str, Row], baseline: str) -> list[str]:
+    """Which rows have lengths that suit the end of a baseline, where not all look for them."""
+    suited = [name for name in rows if searched(name, baseline) and name not in BASELINES]
+    if len(suited) == sum(name not in BASELINES for name in rows):
+        return []
+    return [
+        f"Lengths that suit this loss are looked for by {', '.join(suited) or 'no rung'}. Others "
+        "take at most what stands here: it is read off runs that are planned for another loss.",
+        "",
+    ]
 
 
 def _costs(site: Site, rows: dict[str, Row]) -> list[str]:
