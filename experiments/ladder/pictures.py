@@ -86,9 +86,10 @@ def _bars(axes: Any, site: Site, names: list[str], target: float) -> None:
         )
         colour = "black" if row.name in BASELINES else "tab:blue" if row.name in kept else "silver"
         bar = {"color": colour} if there else {"color": "white", "edgecolor": colour, "hatch": "//"}
-        axes.barh(place, mean, xerr=0.0 if math.isnan(error) else error, **bar)
+        error = 0.0 if math.isnan(error) else error
+        axes.barh(place, mean, xerr=error, **bar)
         text = f" {mean:.1f} s" if there else f" not reached in {mean:.0f} s"
-        axes.text(mean, place, text, va="center", fontsize=7)
+        axes.text(mean + error, place, text, va="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2)
