@@ -14,6 +14,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.ablate.optimizers import COSTS, MISSION
+from experiments.ablate.rates import TUNED, WAYS, WIDTHS, best_rate, curves, loss_of_tuned
 from experiments.bench.clock import spread
 from experiments.bench.gpu_forms import DATASHEET
 from experiments.headlines import bench, speedrun
@@ -82,6 +84,44 @@ def gpu() -> str:
     )
 
 
+def optimizers() -> str:
+    """Which optimizers end lowest, each at its own rate, and where those of the mission stand."""
+    results = read(RESULTS / "optimizers-cpu.json").results("optimizers")
+    losses = {
+        name: statistics.fmean(float(values["loss"]) for values in seeds.values())
+        for name, seeds in results.by_name.items()
+        if seeds and name != COSTS
+    }
+    order = sorted(losses, key=losses.__getitem__)
+    chosen = [*order[:5], *(name for name in order[5:] if name in MISSION)]
+    seeds = max(map(len, results.by_name.values()))
+    return (
+        f"{len(losses)} optimizers and variants, each at a rate of its own, by the validation loss "
+        "at the end of one small model's schedule: "
+        + "; ".join(f"{name} {losses[name]:.3f}" for name in chosen)
+        + f" (means over {seeds} seeds, an exploration; `python -m experiments.ablate optimizers`, "
+        "experiments/results/optimizers-cpu.md)."
+    )
+
+
+def widths() -> str:
+    """How far the best rate wanders over widths, as it is and by muP."""
+    found = read(RESULTS / "rates-cpu.json").results("widths")
+    said = []
+    for way in WAYS:
+        best = {width: best_rate(losses) for width, losses in curves(found, way).items()}
+        lost = max(loss_of_tuned(curves(found, way)))
+        said.append(
+            f"{max(best.values()) / min(best.values()):.1f}x ({way}; what suits width {TUNED} "
+            f"costs up to {lost:.3f} nats at another)"
+        )
+    return (
+        f"AdamW's best rates for widths {min(WIDTHS)} to {max(WIDTHS)} lie within "
+        f"{' and within '.join(said)} of each other "
+        "(`python -m experiments.ablate rates`, experiments/results/rates-cpu.md)."
+    )
+
+
 def scale() -> str:
     """What meshes, compressed gradients, DiLoCo and the server gave on virtual devices."""
     gathered = read(RESULTS / "scale-cpu.json")
@@ -126,6 +166,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
 PHRASES: dict[str, Callable[[], str]] = {
     "loop": loop,
     "shakespeare": shakespeare,
+    "optimizers": optimizers,
+    "widths": widths,
     "scale": scale,
     "gpu": gpu,
 }
