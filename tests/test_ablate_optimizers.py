@@ -236,7 +236,7 @@ def test_the_table_of_widths_says_how_far_the_best_rate_wanders():
     few = {name: seeds for name, seeds in found.items() if "width 64" in name}
     assert topic.render(Results(few))[-1].startswith("| muP | 1.00x |  |  |")
     assert topic.picture(results) is not None
-    assert len({cell.key for cell in topic.cells(Request(seeds=2))}) == 2 * 2 * 4 * 6
+    assert len({cell.key for cell in topic.cells(Request(seeds=2))}) == 2 * 2 * 4 * 8
 
 
 @pytest.mark.slow

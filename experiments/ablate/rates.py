@@ -26,7 +26,7 @@ from train.settings import Phase, Settings
 
 WIDTHS = (64, 128, 256, 512)
 TUNED, WIDE = 128, 512  # what is claimed: a rate tuned at the one, muP's base, holds at the other
-RATES = tuple(2.0**n for n in range(-9, -3))  # 0.002 to 0.063
+RATES = tuple(2.0**n for n in range(-11, -3))  # 0.0005 to 0.063
 STEPS = 200
 DATA: tuple[str, ...] = ("stdlib",)
 TOKENIZER = "sentencepiece:512"
