@@ -11,7 +11,8 @@ the numbers of trials differ. All losses are of the validation split: the test s
 recipes that are chosen, and what stands here may become part of one. Steps and seconds are to the
 mean loss that AdamW ends at, which AdamW takes all of its steps for. A seed of another that ends
 above it would have taken more than all: such a row has > before its steps, and < before how much
-faster it is. Seconds are steps times those of one, which are measured apart, in turn with AdamW's.
+faster it is. Seconds are steps times those of one, which are measured apart, in turn with AdamW's;
+what was measured twice came out up to a tenth apart.
 
 After a comma stands what is exchanged in the optimizer before it (`train.optimizers.table.
 VARIANTS`); such a row is to be held against that optimizer's own.
