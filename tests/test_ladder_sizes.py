@@ -33,7 +33,8 @@ def test_sizes_are_fitted_and_said_of_a_larger_one(tmp_path):
     one = ladder(tmp_path / "one", sizes=True, size=("20k",), rung=("muon",))
     cells = cells_of(run_ladder(one)[1].read_text(), "muon")
     assert [bool(cell) for cell in cells[1:5]] == [False, True, False, False]
-    path = run_ladder(dataclasses.replace(one, size=("20k", "8k")))[0]
+    path, text, _ = run_ladder(dataclasses.replace(one, size=("20k", "8k")))
+    assert cells_of(text.read_text(), "muon")[5:7] == ["", ""]  # two sizes foretell nothing
     before = read(path)
     anew = dataclasses.replace(
         one, size=("8k",), fresh=True, cells=tmp_path / "anew", run=(again := Counting())

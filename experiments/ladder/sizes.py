@@ -291,17 +291,15 @@ def write_sizes(site: Site, path: Path) -> list[Path]:
 
 def _prediction(pairs: Sequence[tuple[float, float]]) -> tuple[str, str]:
     xs = [math.log(size) for size, _ in pairs]
-    if len(set(xs)) < 2:
+    if len(set(xs)) < 3:  # a line through two points says nothing of how far off it is
         return "", ""
     fit = line(xs, [math.log(value) for _, value in pairs], math.log(PREDICTED))
     from scipy.stats import t
 
     # Where a new size lies in 19 of 20 cases, if the line is one.
-    reach = float(t.ppf(0.975, len(pairs) - 2)) * fit.error if len(pairs) > 2 else math.nan
+    reach = float(t.ppf(0.975, len(pairs) - 2)) * fit.error
     low, high = math.exp(fit.value - reach), math.exp(fit.value + reach)
-    said = f"{math.exp(fit.value):.2f}x"
-    said += "" if math.isnan(fit.error) else f" ({low:.2f} to {high:.2f})"
-    return f"x{10**fit.slope:.2f}", said
+    return f"x{10**fit.slope:.2f}", f"{math.exp(fit.value):.2f}x ({low:.2f} to {high:.2f})"
 
 
 def _whole(site: Site, scales: Mapping[str, Scale]) -> str | None:
@@ -340,7 +338,7 @@ def _draw(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> No
     for name, pairs in points.items():
         xs, ys = zip(*pairs, strict=True)
         (drawn,) = axes.plot(xs, ys, marker="o", linestyle="", label=name)
-        if len(set(xs)) > 1:
+        if len(set(xs)) > 2:
             ends = [min(xs), PREDICTED]
             logs = [math.log(x) for x in xs], [math.log(y) for y in ys]
             fitted = [math.exp(line(*logs, math.log(x)).value) for x in ends]
