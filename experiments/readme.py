@@ -106,11 +106,13 @@ def optimizers() -> str:
 
 def widths() -> str:
     """How far the best rate wanders over widths, as it is and by muP."""
-    found = read(RESULTS / "rates-cpu.json").results("widths")
+    results = read(RESULTS / "rates-cpu.json").results("widths")
+    seeds = max(map(len, results.by_name.values()))
     said = []
     for way in WAYS:
-        best = {width: best_rate(losses) for width, losses in curves(found, way).items()}
-        lost = max(loss_of_tuned(curves(found, way)))
+        found = curves(results, way)
+        best = {width: best_rate(losses) for width, losses in found.items()}
+        lost = max(loss_of_tuned(found))
         said.append(
             f"{max(best.values()) / min(best.values()):.1f}x ({way}; what suits width {TUNED} "
             f"costs up to {lost:.3f} nats at another)"
@@ -118,7 +120,8 @@ def widths() -> str:
     return (
         f"AdamW's best rates for widths {min(WIDTHS)} to {max(WIDTHS)} lie within "
         f"{' and within '.join(said)} of each other "
-        "(`python -m experiments.ablate rates`, experiments/results/rates-cpu.md)."
+        f"(seeds: {seeds}, an exploration; `python -m experiments.ablate rates`, "
+        "experiments/results/rates-cpu.md)."
     )
 
 

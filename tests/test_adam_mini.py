@@ -12,7 +12,7 @@ from train.schedules import Constant
 
 
 def test_adam_mini():
-    """Blocks of the paper: heads, neurons, tokens, whole vectors; with blocks of one it is Adam."""
+    """Blocks of the paper: heads, neurons, tokens, whole vectors."""
     settings = AdamMini(learning_rate=1.0, weight_decay=0.0, head_width=3, eps=1e-12)
     draw = lambda *shape: jnp.asarray(gradients(1, shape, len(shape))[0], jnp.float32)
     grads = {
