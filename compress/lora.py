@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -262,6 +262,21 @@ def detach(params: PyTree) -> PyTree:
     return found
 
 
+def factors_among(paths: Iterable[str], params: PyTree) -> list[str]:
+    """Returns those of the paths that lead to factors, attached or beside their matrix.
+
+    For methods that change matrices: done to thin factors, it says nothing of their product.
+
+    >>> w = Sum(jnp.eye(2), LowRank(jnp.ones((2, 1)), jnp.ones((1, 2))))
+    >>> factors_among(["up/kernel/low/a", "head"], {"up": {"kernel": w}, "head": jnp.eye(2)})
+    ['up/kernel/low/a']
+    >>> factors_among(["up/lora/kernel/a"], {"up": {"lora": {"kernel": {"a": jnp.eye(2)}}}})
+    ['up/lora/kernel/a']
+    """
+    adapted = tuple(f"{path}/" for path in adapted_paths(params))
+    return [path for path in paths if KEY in path.split("/") or path.startswith(adapted)]
+
+
 def is_adapted(node: Any) -> bool:
     """Whether a pytree node is a weight that holds float factors: `LowRank`, `Sum` or `Dora`."""
     return isinstance(node, LowRank | Sum | Dora)
@@ -270,10 +285,18 @@ def is_adapted(node: Any) -> bool:
 def merged(params: PyTree) -> PyTree:
     """Returns the parameters with a plain array in place of each weight that has factors.
 
+    Raises:
+      ValueError: factors that have not been attached to the weights beside them.
+
     >>> w = Sum(jnp.eye(2), LowRank(jnp.ones((2, 1)), jnp.ones((1, 2))))
     >>> merged({"up": {"kernel": w}})["up"]["kernel"].tolist()
     [[2.0, 1.0], [1.0, 2.0]]
     """
+    if loose := leaf_paths(detach(params)):
+        raise ValueError(
+            f"{loose[0]} belongs to no weight yet, and would be left out; attach(params, scale) "
+            "makes weights of matrices and factors"
+        )
     return jax.tree.map(lambda w: w.full() if is_adapted(w) else w, params, is_leaf=is_adapted)
 
 

@@ -284,7 +284,9 @@ def searched(talk: Talk, beam: Beam, ids: Sequence[int], inputs: dict[str, jax.A
     beam = dataclasses.replace(beam, max_new_tokens=min(beam.max_new_tokens, room))
     lengths_1, end = jnp.array([len(ids)], jnp.int32), run.tokenizer.end_of_document
     params = without_heads(run.params)
-    found = beam_search(run.model, beam, params, prompt_1P, lengths_1, end, inputs)
+    found = beam_search(
+        run.model, params, prompt_1P, lengths_1, beam=beam, end_token=end, inputs=inputs
+    )
     return run.tokenizer.decode(np.asarray(found.tokens)[0, 0, : int(found.lengths[0, 0])])
 
 

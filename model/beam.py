@@ -100,13 +100,14 @@ def length_penalty(length: jax.Array, alpha: float) -> jax.Array:
     return ((5.0 + length.astype(jnp.float32)) / 6.0) ** alpha
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnames=("model", "beam"))
 def beam_search(
     model: Model,
-    beam: Beam,
     params: Any,
     prompts_BP: jax.Array,
     lengths_B: jax.Array,
+    *,
+    beam: Beam,
     end_token: jax.Array | int,
     inputs: Mapping[str, jax.Array] | None = None,
 ) -> Found:
@@ -114,10 +115,10 @@ def beam_search(
 
     Args:
       model: a `Transformer` or an `EncoderDecoder`.
-      beam: how to search.
       params: its parameters.
       prompts_BP: int32, padded at the right; with an encoder-decoder, what the target starts with.
       lengths_B: int32, tokens of each prompt that count, at least 1.
+      beam: how to search.
       end_token: ends a continuation.
       inputs: what the model takes besides, by name: `prefix` (int32 [B]), `source` and
         `source_segments` ([B, S]).
@@ -132,7 +133,8 @@ def beam_search(
     >>> from model.transformer import Transformer
     >>> model, prompts = Transformer(gpt2_tiny(dropout=0.0)), jnp.array([[1, 2, 3]])
     >>> params = model.init(jax.random.key(0), prompts)["params"]
-    >>> found = beam_search(model, Beam(2, max_new_tokens=5), params, prompts, jnp.array([3]), 0)
+    >>> beam, lengths = Beam(2, max_new_tokens=5), jnp.array([3])
+    >>> found = beam_search(model, params, prompts, lengths, beam=beam, end_token=0)
     >>> found.tokens.shape, bool((found.scores[:, 0] >= found.scores[:, 1]).all())
     ((1, 2, 5), True)
     """

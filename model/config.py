@@ -113,6 +113,10 @@ class TransformerConfig:
         for name in ("vocabulary_size", "max_length", "layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("kv_heads", "head_width", "ffn_width"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}; it must be at least 1, or None")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(

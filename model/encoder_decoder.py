@@ -23,11 +23,11 @@ from model.block import Block, BlockOutput, Constrain, Memory, no_constraint, no
 from model.cache import Cache
 from model.config import EncoderDecoderConfig, TransformerConfig
 from model.dropout import dropout_of, dropped
-from model.head import logits_from
-from model.linear import take, weight
+from model.head import logits_from, no_head_beside
+from model.linear import take
 from model.positions import rotation
 from model.shortcuts import Beside, unit_rms
-from model.stack import over_layers, remat
+from model.stack import over_layers, remat, stacked
 from model.transformer import Features, Table
 
 CROSS = ("cross_k", "cross_v")
@@ -61,12 +61,13 @@ class EncoderDecoder(nn.Module):
         dtype = jnp.dtype(c.parameter_dtype)
         normal = nn.initializers.normal(c.init_std)
         shape = (c.vocabulary_size, c.width)
-        self.token_embedding = Table(shape, normal, "embedding", dtype)
+        self.token_embedding = Table(shape, normal, "embedding", dtype, 0)
         if not c.tied_source:
-            self.source_embedding = Table(shape, normal, "embedding", dtype)
+            self.source_embedding = Table(shape, normal, "embedding", dtype, 0)
+        no_head_beside(self, c.tied_head)
         if not c.tied_head:
             # Named by hand: `head` is a method here.
-            self.head_table = Table(shape[::-1], normal, "kernel", dtype, name="head")
+            self.head_table = Table(shape[::-1], normal, "kernel", dtype, 1, name="head")
         encoder = dataclasses.replace(c, layers=c.encoder_layers)
         self.encoder = Stack(encoder, False, self.attention, self.constrain)
         self.decoder = Stack(c, True, self.attention, self.constrain)
@@ -201,7 +202,7 @@ class Stack(nn.Module):
 
     def setup(self):
         c = self.config
-        self.blocks = weight(self, "blocks", _init_blocks(c, self.reads), (), None)
+        self.blocks = stacked(self, _init_blocks, c, self.reads)
         self.final_norm = norm(c, "final_norm")
         if c.positions == "learned":
             normal = nn.initializers.normal(c.init_std)
@@ -254,10 +255,10 @@ class Stack(nn.Module):
         return final_BTD, {} if saved is None else saved
 
 
-def _init_blocks(config: TransformerConfig, reads: bool) -> Callable[..., Any]:
+def _init_blocks(config: TransformerConfig, reads: bool) -> Callable[[jax.Array], Any]:
     """Returns the initializer of the stacked parameters of all blocks: every leaf [L, ...]."""
 
-    def init(key: jax.Array, shape: tuple[()], dtype: None) -> Any:
+    def init(key: jax.Array) -> Any:
         block = Block(config, parent=None)
         x, one = jnp.zeros((1, 1, config.width), config.dtype), jnp.ones((1, 1), jnp.int32)
         turn = None

@@ -9,7 +9,6 @@ Shapes: B batch, S cache slots, C chunk, D width, V vocabulary.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ import numpy as np
 
 from model.cache import WHOLE, Cache, init_cache
 from model.config import TransformerConfig
+from model.rules import STACK
+from model.stack import apart, layers_of, stack_of, together
 from model.transformer import Transformer, features, head
 
 MakeCache = Callable[[TransformerConfig, int, int], Cache]
@@ -135,8 +136,8 @@ def generate(
       cache: makes the empty cache; one in 8 bits is `compress.quantization.kv_cache.int8_cache`.
 
     Raises:
-      ValueError: if a prompt is empty, holds an id outside the vocabulary, or leaves no room for
-        the new tokens in the cache.
+      ValueError: if a prompt is empty, is no row of ids of the vocabulary, or leaves no room for
+        the new tokens in the cache; or if the parameters are not those of the model.
 
     >>> from model.presets import gpt2_tiny
     >>> model = Transformer(gpt2_tiny())
@@ -147,6 +148,14 @@ def generate(
     """
     config = model.config
     slots = config.max_length if slots is None else slots
+    if STACK not in params:
+        raise ValueError(
+            f"the parameters of a decoder-only model have {STACK!r} at the top, not "
+            f"{', '.join(map(repr, params))}; of what `init` returns, give variables['params']"
+        )
+    ids = [np.asarray(prompt) for prompt in prompts]
+    if wrong := [row for row in ids if row.ndim != 1 or (row.size and row.dtype.kind not in "iu")]:
+        raise ValueError(f"a prompt is a row of token ids, such as [1, 2, 3], not {wrong[0]}")
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise ValueError("every prompt needs at least one token; start from end-of-document")
@@ -245,13 +254,12 @@ def _generate(
     chunk = _chunk(model.config)
     last_B = lengths_B - 1
     # Taken apart once: sliced inside the loop, every weight would be copied once a token.
-    by_layer = {**params, "blocks": _split(params["blocks"], model.config.layers)}
+    by_layer = apart(params)
 
     def run(ids_BT, positions, cache_by_layer):
         """`features` with weights and cache layer by layer, so that no step copies either."""
-        cache = {n: p if n in WHOLE else _stack(p) for n, p in cache_by_layer.items()}
-        weights = {**by_layer, "blocks": _stack(by_layer["blocks"])}
-        out = features(model, weights, ids_BT, positions, cache=cache)
+        cache = {n: p if n in WHOLE else stack_of(p) for n, p in cache_by_layer.items()}
+        out = features(model, together(by_layer), ids_BT, positions, cache=cache)
         assert out.cache is not None
         return out.final, _cache_by_layer(out.cache, model.config.layers)
 
@@ -302,14 +310,4 @@ def _generate(
 
 def _cache_by_layer(cache: Cache, layers: int) -> dict[str, Any]:
     """Returns the cache with the stacked parts as lists by layer, which a loop updates in place."""
-    return {n: part if n in WHOLE else _split(part, layers) for n, part in cache.items()}
-
-
-def _split(stacked: Any, layers: int) -> list[Any]:
-    """Returns a tree of leaves [L, ...] as L trees."""
-    return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(layers)]
-
-
-def _stack(by_layer: list[Any]) -> Any:
-    """The inverse of `_split`. Where the model takes layers apart again, XLA cancels both."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
+    return {n: part if n in WHOLE else layers_of(part, layers) for n, part in cache.items()}

@@ -5,11 +5,25 @@ Shapes: N positions (any number of axes), D width, V vocabulary.
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model.config import TransformerConfig
 from model.linear import Weight, at_least_float32, linear
+
+
+def no_head_beside(module: nn.Module, tied: bool) -> None:
+    """Refuses a head of its own among the parameters of a model that reads its embedding instead.
+
+    Raises:
+      ValueError: there is one, which would be passed over.
+    """
+    if tied and not module.is_initializing() and module.has_variable("params", "head"):
+        raise ValueError(
+            "the parameters hold a head of their own, and the config has tied_head=True, which "
+            "would pass over it; set tied_head=False, or leave the head out"
+        )
 
 
 def logits_from(

@@ -29,7 +29,6 @@ from model.huggingface_files import (
     Stored,
     open_tensors,
     read_json,
-    some,
     write_shards,
 )
 from model.huggingface_layouts import (
@@ -43,6 +42,7 @@ from model.huggingface_layouts import (
     layer_keys,
     stored_shapes,
 )
+from model.mismatch import by_path, mismatches, some
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -296,7 +296,7 @@ def _read(
 
 def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
     """Weights by path; a weight that is not an array counts as one."""
-    leaves = flax.traverse_util.flatten_dict(flax.core.unfreeze(dict(params)), sep="/")
+    leaves = by_path(params)
     for path, leaf in leaves.items():
         if not (isinstance(leaf, jax.Array | np.ndarray) or hasattr(leaf, "dequantize")):
             raise ValueError(
@@ -307,21 +307,14 @@ def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_params(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    problems = {
-        "lack": sorted(set(shapes) - set(leaves)),
-        "hold what such a model does not have:": sorted(set(leaves) - set(shapes)),
-        "hold wrong shapes:": [
-            f"{path} {list(leaves[path].shape)} instead of {list(shape)}"
-            for path, shape in shapes.items()
-            if path in leaves and tuple(leaves[path].shape) != shape
-        ],
-        "hold other than floating-point numbers:": [
-            f"{path} ({leaf.dtype})"
-            for path, leaf in leaves.items()
-            if not hasattr(leaf, "dequantize") and not jnp.issubdtype(leaf.dtype, jnp.floating)
-        ],
-    }
-    if said := [f"{what} {some(names)}" for what, names in problems.items() if names]:
+    said = mismatches(leaves, shapes)
+    if whole := [
+        f"{path} ({leaf.dtype})"
+        for path, leaf in leaves.items()
+        if not hasattr(leaf, "dequantize") and not jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]:
+        said.append(f"hold other than floating-point numbers: {some(whole)}")
+    if said:
         raise ValueError(f"the parameters are not those of the config: they {'; '.join(said)}")
 
 

@@ -20,13 +20,23 @@ Weight = Any
 Initializer = Callable[..., jax.Array]
 
 
-def weight(module: nn.Module, name: str, init: Initializer, shape: Sequence[int], dtype) -> Weight:
+def weight(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: Sequence[int],
+    dtype,
+    *,
+    vocabulary_axis: int | None = None,
+) -> Weight:
     """Declares parameter `name` of `module` when initialising, and reads it otherwise.
 
-    Reading does not compare shapes, as `module.param` would: packed storage has another one.
+    Logical shapes are compared, not those of what is stored: packed storage has another one. Along
+    the axis of a vocabulary, rows that stand for no token may follow.
 
     Raises:
-      ValueError: if the parameter is not among the variables that `apply` was given.
+      ValueError: if the parameter is not among the variables that `apply` was given, or has another
+        shape.
     """
     if module.is_initializing():
         return module.param(name, init, tuple(shape), dtype)
@@ -34,6 +44,17 @@ def weight(module: nn.Module, name: str, init: Initializer, shape: Sequence[int]
     if value is None:
         path = "/".join((*module.path, name))
         raise ValueError(f"the parameters hold no {path}; were they made for another config?")
+    fits = len(value.shape) == len(shape) and all(
+        has == wanted or (axis == vocabulary_axis and has > wanted)
+        for axis, (has, wanted) in enumerate(zip(value.shape, shape, strict=True))
+    )
+    # Inside a shard_map a device has its part alone.
+    if not fits and not jax.sharding.get_abstract_mesh().manual_axes:
+        path = "/".join((*module.path, name))
+        raise ValueError(
+            f"the parameters hold {path} of shape {list(value.shape)} where this config has "
+            f"{list(shape)}; were they made for another config?"
+        )
     return value
 
 

@@ -67,7 +67,7 @@ class ValueTable(nn.Module):
         n, heads, dtype = len(c.value_layers), c.kv_heads_, jnp.dtype(c.parameter_dtype)
         normal = nn.initializers.normal(c.init_std)
         shape = (c.vocabulary_size, n * heads * c.head_width_)
-        table = weight(self, "embedding", normal, shape, dtype)
+        table = weight(self, "embedding", normal, shape, dtype, vocabulary_axis=0)
         zeros, shape = nn.initializers.zeros_init(), (c.value_gate_inputs, n * heads)
         gate = weight(self, "gate", zeros, shape, dtype)
         values = take(table, tokens_BT, jnp.dtype(c.dtype))

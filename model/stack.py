@@ -1,22 +1,63 @@
-"""Running the layers of a stack: scanned or in a Python loop, with or without recomputation."""
+"""The stack of blocks: its parameters, and running them one after the other."""
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from model.config import TransformerConfig
+from model.mismatch import by_path, mismatches
+from model.prefix import KEY as PREFIX
 from model.rules import STACK
 
 Body = Callable[[Any, Any], tuple[Any, Any]]
 """`(x, layer) -> (x, out)`."""
 OverLayers = Callable[[Body, Any, Any], tuple[Any, Any]]
 """`(body, x, layers) -> (x, outs)`, leaves of layers [L, ...]."""
+
+
+def stacked(
+    module: nn.Module, init_of: Callable[..., Callable[[jax.Array], Any]], *arguments: Any
+) -> Any:
+    """Declares the stack of blocks of a module when initialising, and reads it otherwise.
+
+    Args:
+      module: the parameters of its blocks lie under `blocks`, every leaf [L, ...].
+      init_of: `(*arguments) -> (key -> parameters)`.
+      *arguments: config and what else the stack depends on, hashable.
+
+    Raises:
+      ValueError: the stack is missing, or parts from that of the config in names or shapes: what a
+        block does not read would be passed over, and a stack of another depth run as it is.
+    """
+    if module.is_initializing():
+        return module.param(STACK, init_of(*arguments))
+    blocks: Any = module.get_variable("params", STACK)
+    path = "/".join((*module.path, STACK))
+    if blocks is None:
+        raise ValueError(f"the parameters hold no {path}; were they made for another config?")
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return blocks  # inside a shard_map a device has its part alone
+    # A prefix is trained beside the weights, and in no config.
+    own = {path: leaf for path, leaf in by_path(blocks).items() if PREFIX not in path.split("/")}
+    if said := mismatches(own, _shapes(init_of, *arguments)):
+        raise ValueError(
+            f"the parameters under {path} are not those of the config: they {'; '.join(said)}"
+        )
+    return blocks
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(init_of: Callable[..., Any], *arguments: Any) -> Mapping[str, tuple[int, ...]]:
+    abstract = jax.eval_shape(init_of(*arguments), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in by_path(abstract).items()}
 
 
 def over_layers(config: TransformerConfig) -> OverLayers:

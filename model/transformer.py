@@ -30,12 +30,12 @@ from model.cache import Cache
 from model.config import TransformerConfig
 from model.drop import RunBlock, sometimes, survival, thinned
 from model.dropout import dropout_of, dropped
-from model.head import logits_from
+from model.head import logits_from, no_head_beside
 from model.linear import take, weight
 from model.lookup import Form
 from model.positions import rotation
 from model.shortcuts import Beside, ValueTable, beside_of, unit_rms
-from model.stack import ends_whole, over_layers, remat
+from model.stack import ends_whole, over_layers, remat, stacked
 
 CAPTURES = ("hidden", "attention")
 Stage = Callable[[Any, Any], Any]
@@ -107,19 +107,20 @@ class Transformer(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.parameter_dtype)
         normal = nn.initializers.normal(c.init_std)
-        self.token_embedding = Table((c.vocabulary_size, c.width), normal, "embedding", dtype)
+        self.token_embedding = Table((c.vocabulary_size, c.width), normal, "embedding", dtype, 0)
         if c.positions == "learned":
             self.position_embedding = Table((c.max_length, c.width), normal, "embedding", dtype)
         if c.value_embeddings:
             self.value_embedding = ValueTable(c)
         if c.bigram_rows is not None:
             self.bigram_embedding = BigramTable(c, self.lookup)
-        self.blocks = weight(self, "blocks", _init_blocks(c), (), None)
+        self.blocks = stacked(self, _init_blocks, c)
         self.final_norm = norm(c, "final_norm")
+        no_head_beside(self, c.tied_head)
         if not c.tied_head:
             # Named by hand: `head` is a method here.
             shape = (c.width, c.vocabulary_size)
-            self.head_table = Table(shape, normal, "kernel", dtype, name="head")
+            self.head_table = Table(shape, normal, "kernel", dtype, 1, name="head")
 
     def __call__(
         self,
@@ -346,17 +347,22 @@ class Table(nn.Module):
     init_table: Callable[..., jax.Array]
     leaf: str
     parameter_dtype: Any
+    vocabulary_axis: int | None = None
 
     @nn.compact
     def __call__(self) -> Any:
         """Returns the weight."""
-        return weight(self, self.leaf, self.init_table, self.shape, self.parameter_dtype)
+        # Positions have none to spare.
+        shape, dtype = self.shape, self.parameter_dtype
+        return weight(
+            self, self.leaf, self.init_table, shape, dtype, vocabulary_axis=self.vocabulary_axis
+        )
 
 
-def _init_blocks(config: TransformerConfig) -> Callable[..., Any]:
+def _init_blocks(config: TransformerConfig) -> Callable[[jax.Array], Any]:
     """Returns the initializer of the stacked parameters of all blocks: every leaf [L, ...]."""
 
-    def init(key: jax.Array, shape: tuple[()], dtype: None) -> Any:
+    def init(key: jax.Array) -> Any:
         block = Block(config, parent=None)
         x = jnp.zeros((1, 1, config.width), config.dtype)
         turn = None

@@ -65,7 +65,9 @@ def every_continuation(vocabulary):
 
 def found_by(kind, beam, vocabulary=5):
     model, params = built(kind, vocabulary)
-    found = beam_search(model, beam, params, PROMPTS, LENGTHS, END, INPUTS[kind])
+    found = beam_search(
+        model, params, PROMPTS, LENGTHS, beam=beam, end_token=END, inputs=INPUTS[kind]
+    )
     return model, params, jax.tree.map(np.asarray, found)
 
 
@@ -131,7 +133,9 @@ def test_a_row_does_not_depend_on_its_companions_and_nothing_compiles_twice(stri
 
     def search(prompts):
         lengths = jnp.ones(len(prompts), jnp.int32)
-        return jax.tree.map(np.asarray, beam_search(model, beam, params, prompts, lengths, END))
+        return jax.tree.map(
+            np.asarray, beam_search(model, params, prompts, lengths, beam=beam, end_token=END)
+        )
 
     together = search(prompts)
     alone = [search(prompts[row : row + 1]) for row in range(4)]
@@ -149,7 +153,9 @@ def test_it_stops_early_where_every_row_is_done(strict):
     # The end token wins everywhere: its column is along the mean feature, far out.
     final = features(model, params, PROMPTS).final.reshape(-1, model.config.width)
     params = {**params, "head": {"kernel": table.at[:, END].set(50 * final.mean(0))}}
-    found = beam_search(model, Beam(2, max_new_tokens=20), params, PROMPTS, LENGTHS, END)
+    found = beam_search(
+        model, params, PROMPTS, LENGTHS, beam=Beam(2, max_new_tokens=20), end_token=END
+    )
     assert int(found.steps) < 20
 
 

@@ -126,7 +126,7 @@ def test_decoding_sees_the_pairs_that_training_sees():
             decoding = read(model, weights, decoding, [token])
     padded = jnp.array([[*ids, *[0] * (6 - len(ids))] for ids in PROMPTS])
     lengths = jnp.array(list(map(len, PROMPTS)))
-    beams = beam_search(model, Beam(1, 0.0, 6), params, padded, lengths, NONE)
+    beams = beam_search(model, params, padded, lengths, beam=Beam(1, 0.0, 6), end_token=NONE)
     assert beams.tokens[:, 0].tolist() == [whole[-6:] for whole in wanted]
 
 

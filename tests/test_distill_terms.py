@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.methods.distill import Distil
-from experiments.methods.distill_terms import over_run, scaled
+from experiments.methods.distill_terms import over_run, reads, scaled
 from experiments.methods.teacher import Teacher
+from model.presets import gpt2_tiny
 from model.transformer import Transformer
 from tests.test_distill_method import (
     EVERYTHING,
@@ -19,7 +20,7 @@ from tests.test_distill_method import (
     terms_and_frozen,
 )
 from train.losses import loss_function
-from train.plugs import LossTerm
+from train.plugs import Context, LossTerm
 
 
 def test_the_teacher_reads_a_prefix_as_the_student_does():
@@ -64,3 +65,10 @@ def test_weights_go_through_their_knots():
         "distil_relation",
     ]
     assert len(terms_and_frozen(Distil(teacher="x", resolved=EVERYTHING.resolved))[0]) == 2
+
+
+def test_a_teacher_that_is_not_there_is_asked_for():
+    context = Context(jnp.int32(0), None, {"params": {}}, {}, {})
+    batch = {"tokens": jnp.zeros((1, 4), jnp.int32)}
+    with pytest.raises(ValueError, match=r"frozen\['teacher'\]; frozen holds params"):
+        reads(Transformer(gpt2_tiny()))(batch, context)

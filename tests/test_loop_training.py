@@ -15,8 +15,9 @@ from train.checkpoints import Checkpoints
 from train.evaluate import evaluate
 from train.loop import LoopSettings, reset_nonfinite, train
 from train.losses import cross_entropy
+from train.plugs import NONFINITE
 from train.records import Record, read_rows
-from train.step import NONFINITE, init_state, make_evaluation_step, make_train_step
+from train.step import init_state, make_evaluation_step, make_train_step
 
 MODEL = Transformer(modern_tiny(zero_init_projections=False))
 OPTIMIZER = optax.adam(1e-2)

@@ -101,7 +101,7 @@ def test_unstructured_has_exactly_the_zeros_asked_for(sparsity):
 @pytest.mark.parametrize("axis", [-2, -1, 0, 1])
 def test_n_of_m_along_the_contraction_axis(strict, n, m, axis):
     score = np.round(np.abs(normal(4, 16, 24)), 1)  # with ties
-    mask = np.asarray(n_of_m(m, axis)(jnp.asarray(score), 1 - n / m))
+    mask = np.asarray(n_of_m(m, axis=axis)(jnp.asarray(score), 1 - n / m))
     rows = np.moveaxis(score, axis, -1).reshape(-1, m)
     kept = np.moveaxis(mask, axis, -1).reshape(-1, m)
     np.testing.assert_array_equal(kept.sum(axis=1), n)

@@ -20,11 +20,10 @@ from train.checkpoints import Checkpoints
 from train.loop import LoopSettings
 from train.methods import Setup
 from train.optimizers import SGD, AdamW
-from train.plugs import State
+from train.plugs import NONFINITE, State
 from train.records import read_rows
 from train.schedules import Linear
 from train.settings import Phase, Settings
-from train.step import NONFINITE
 from train.tokenizers.tokenizer import load_tokenizer
 
 LINES = [

@@ -12,8 +12,8 @@ from model.presets import gpt2_tiny, modern_tiny
 from model.transformer import Transformer
 from tests.compiled import initial
 from train.losses import counts_of, cross_entropy, loss_function, mean_squared_error, z_loss
-from train.plugs import Context, Gradient, LossTerm, View, WeightTransform, whole
-from train.step import NONFINITE, init_state, layer_norms, make_evaluation_step, make_train_step
+from train.plugs import NONFINITE, Context, Gradient, LossTerm, View, WeightTransform, whole
+from train.step import init_state, layer_norms, make_evaluation_step, make_train_step
 
 MODEL = Transformer(modern_tiny(zero_init_projections=False))
 

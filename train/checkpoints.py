@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,7 +183,8 @@ class Checkpoints:
         """Copy `state` off the devices, then write it in the background.
 
         Args:
-          step: at least every step that is there; the same step is replaced once it is written.
+          step: at least every step that is there; the same step is replaced once it is written. An
+            integer, or an array of one such as `state.step`, which is waited for.
           state: any pytree of arrays. It may be donated as soon as this returns.
           info: JSON values that the run needs to go on (phase, hash of `frozen`, ...).
           loss: validation loss for `keep_best`. One that is not finite never counts as best.
@@ -196,12 +198,13 @@ class Checkpoints:
         self.wait()
         if not self._writable:
             raise ValueError(f"{self.folder} is closed or was opened for reading: nothing is saved")
+        step = operator.index(step)
         temporary = self._path(step, by_main(lambda: self._ending(step)))
         leaves = leaves_by_path(state, "state")
         content = {
             "step": step,
             "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
-            "info": json.loads(json.dumps(info, allow_nan=False)),
+            "info": _as_json(info),
             "leaves": describe(leaves, "state"),
         }
         with write_errors(f"checkpoint of step {step} in {self.folder}", temporary):
@@ -384,6 +387,24 @@ class Checkpoints:
                 except OSError as error:
                     what = f"step {step} is saved, but step {old} could not be removed"
                     raise OSError(error.errno, f"{what}: {error}") from error
+
+
+def _as_json(info: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the info, as reading it back will give it.
+
+    Raises:
+      ValueError: an entry that JSON does not know, by its name.
+    """
+    found = {}
+    for name, value in info.items():
+        try:
+            found[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the info of a checkpoint is JSON, and its entry {name!r} is not ({error}); give "
+                "numbers as int(...) or float(...), and arrays as part of the state"
+            ) from error
+    return found
 
 
 def _alone(work: Callable[[], None]) -> None:

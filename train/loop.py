@@ -25,9 +25,9 @@ import numpy as np
 
 from parallel.agreement import highest, is_main
 from train.meters import Clock, Energy, utilization
-from train.plugs import Metrics, PyTree, State
+from train.plugs import NONFINITE, Metrics, PyTree, State
 from train.records import Record
-from train.step import NONFINITE, Step
+from train.step import Step
 from train.stop import stop_requests
 
 IN_FLIGHT = 2

@@ -29,8 +29,15 @@ MODEL_INPUTS = ("prefix", "source", "source_segments", "source_positions")
 """Arrays of a batch that a model takes by name besides tokens, positions and segments."""
 
 
+OWN_METRICS = ("loss", "gradient_norm", "tokens", "skipped", "nonfinite_in_a_row", "norms")
+"""What a step says besides its terms."""
+
+
 def cross_entropy(label_smoothing: float = 0.0, *, weight: Any = 1.0) -> LossTerm:
     """-log p(target), summed over the positions with their `weights`.
+
+    A position without a target has weight 0; a target outside of the vocabulary that has a weight
+    makes the loss NaN.
 
     With label smoothing e (Szegedy et al. 2016, arXiv:1512.00567) the target distribution is
     `(1 - e) * onehot + e / V`.
@@ -45,6 +52,8 @@ def cross_entropy(label_smoothing: float = 0.0, *, weight: Any = 1.0) -> LossTer
 
     def total(view: View, batch: Batch, context: Context) -> jax.Array:
         logits_NV = _logits(view)
+        if "targets" not in batch:
+            raise ValueError(f"cross_entropy needs targets; the batch has {', '.join(batch)}")
         loss_N = jax.nn.logsumexp(logits_NV, axis=-1) - _pick(logits_NV, batch["targets"])
         if label_smoothing:
             uniform_N = jax.nn.logsumexp(logits_NV, axis=-1) - logits_NV.mean(axis=-1)
@@ -96,6 +105,17 @@ def loss_function(
 ) -> LossFunction:
     """Returns `(params, batch, context) -> (loss, metrics)`, the sum of all terms.
 
+    >>> from model.build import build_model
+    >>> from model.presets import gpt2_tiny
+    >>> model, tokens = build_model(gpt2_tiny(dropout=0.0)), jnp.arange(8).reshape(1, 8)
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> batch = {"tokens": tokens, "targets": tokens + 1, "weights": jnp.ones((1, 8))}
+    >>> terms = [cross_entropy(), z_loss()]
+    >>> context = Context(jnp.int32(0), None, {}, {}, counts_of(terms, batch))
+    >>> value, metrics = loss_function(model, terms)(params, batch, context)
+    >>> sorted(metrics), bool(value > metrics["cross_entropy"])
+    (['cross_entropy', 'loss', 'z_loss'], True)
+
     Args:
       model: the Transformer, or an encoder-decoder; it is also given what the batch has of
         `MODEL_INPUTS`.
@@ -107,11 +127,19 @@ def loss_function(
         same. On a mesh, every device has those of its own rows and its own stretch of time.
 
     Raises:
-      ValueError: without terms, for two of one name, or a chunk below 1.
+      ValueError: without terms, for two of one name or one of the step's own metrics, or a chunk
+        below 1.
     """
+    if wrong := [term for term in terms if not isinstance(term, LossTerm)]:
+        raise ValueError(f"a loss is made of terms, such as cross_entropy(), not of {wrong[0]!r}")
     names = [term.name for term in terms]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"a loss needs terms of different names, not {names}")
+    if taken := [name for name in names if name in OWN_METRICS]:
+        raise ValueError(
+            f"a term is called {taken[0]!r}, which the step's own metrics are; they are "
+            f"{', '.join(OWN_METRICS)}: give it another name"
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"the loss chunk is {chunk} positions; it must be at least 1")
     over_logits = [term for term in terms if term.over == "logits"]
@@ -219,9 +247,14 @@ def _logits(view: View) -> jax.Array:
 
 
 def _pick(logits_NV: jax.Array, ids_N: jax.Array) -> jax.Array:
-    """logits[n, ids[n]], by comparison: its gradient fuses, that of a gather is a slow scatter."""
-    here_NV = jnp.arange(logits_NV.shape[-1])[None] == ids_N[:, None]
-    return jnp.where(here_NV, logits_NV, 0).sum(axis=-1)
+    """logits[n, ids[n]], by comparison: its gradient fuses, that of a gather is a slow scatter.
+
+    NaN where there is no such token, which would otherwise train as a target without a logit.
+    """
+    V = logits_NV.shape[-1]
+    here_NV = jnp.arange(V)[None] == ids_N[:, None]
+    picked_N = jnp.where(here_NV, logits_NV, 0).sum(axis=-1)
+    return jnp.where((ids_N >= 0) & (ids_N < V), picked_N, jnp.nan)
 
 
 def _weighted(loss_N: jax.Array, batch: Batch) -> jax.Array:

@@ -15,11 +15,18 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from model.transformer import Features
 
+NONFINITE = "nonfinite"
+"""Where in `State.extra` the step counts those that changed nothing."""
+
 PyTree = Any
 Batch = dict[str, jax.Array]
+"""What a step reads: `tokens` int32 [B, T], `weights` float32 [B, T] (0: no loss), and `targets`
+int32 [B, T], the tokens that follow, for a language model. Besides, as the model and the terms need
+them, `positions` and `segments` int32 [B, T], and arrays of tasks."""
 Metrics = dict[str, Any]
 
 
@@ -58,6 +65,13 @@ class Context(NamedTuple):
     frozen: PyTree
     extra: dict[str, PyTree]
     counts: dict[str, jax.Array]
+
+    @property
+    def updates(self) -> jax.Array:
+        """int32 scalar, steps that changed the parameters so far: without those whose loss or
+        gradient was not finite. For what is due at a step and must not be missed."""
+        counters = self.extra.get(NONFINITE)
+        return self.step if counters is None else self.step - counters["total"]
 
 
 class View(NamedTuple):
@@ -137,6 +151,38 @@ class WeightTransform(NamedTuple):
     update: Callable[[PyTree, PyTree, PyTree, Context], PyTree] = _same_extra
 
 
+def check_batch(batch: Batch) -> None:
+    """Refuses a batch whose arrays by position are not laid out as its tokens are.
+
+    Raises:
+      ValueError: no tokens or weights, or an array of another shape or type.
+
+    >>> tokens = jnp.zeros((2, 4), jnp.int32)
+    >>> check_batch({"tokens": tokens, "targets": tokens, "weights": jnp.ones((2, 4))})
+    >>> check_batch({"tokens": tokens, "weights": jnp.ones(2)})
+    Traceback (most recent call last):
+    ...
+    ValueError: weights are float32[2]; by position, as tokens [2, 4] are, they must be [2, 4]
+    """
+    if missing := [name for name in ("tokens", "weights") if name not in batch]:
+        raise ValueError(
+            f"the batch has no {' and no '.join(missing)}, but {', '.join(batch) or 'nothing'}; a "
+            "step reads tokens, weights and, for a language model, targets, all [B, T]"
+        )
+    shape = jnp.shape(batch["tokens"])
+    for name in ("tokens", "targets", "weights"):
+        if name not in batch:
+            continue
+        array = jnp.asarray(batch[name])
+        said = f"{name} are {array.dtype}{list(array.shape)}"
+        if array.shape != shape:
+            raise ValueError(
+                f"{said}; by position, as tokens {list(shape)} are, they must be {list(shape)}"
+            )
+        if name != "weights" and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{said}; they are numbers of tokens, so of an integer type")
+
+
 class LossFunction(Protocol):
     """`(params, batch, context) -> (loss, metrics)`, both already divided by the global counts."""
 
@@ -199,8 +245,16 @@ def with_memory(gradient: GradientFunction | Gradient) -> Gradient:
     return Gradient("gradient", _no_extra, apply)
 
 
-def merge(params: PyTree, frozen: PyTree) -> PyTree:
+def merge(params: PyTree, frozen: PyTree, within: tuple[str, ...] = ()) -> PyTree:
     """Returns one nested dict out of the leaves that train and those that do not.
+
+    Args:
+      params: those that train.
+      frozen: those that do not.
+      within: names of the dicts around both, for the message.
+
+    Raises:
+      ValueError: a leaf is among both.
 
     >>> merge({"head": {"kernel": 1}}, {"head": {"bias": 2}, "table": 3})
     {'head': {'kernel': 1, 'bias': 2}, 'table': 3}
@@ -209,6 +263,7 @@ def merge(params: PyTree, frozen: PyTree) -> PyTree:
     for name, value in frozen.items():
         both = isinstance(merged.get(name), dict) and isinstance(value, dict)
         if name in merged and not both:
-            raise ValueError(f"{name!r} is among the parameters that train and among the frozen")
-        merged[name] = merge(merged[name], value) if both else value
+            path = "/".join((*within, name))
+            raise ValueError(f"{path!r} is among the parameters that train and among the frozen")
+        merged[name] = merge(merged[name], value, (*within, name)) if both else value
     return merged

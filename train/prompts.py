@@ -15,6 +15,7 @@ Shapes: P prompt, D width, L layers, G key/value heads, K head width, V vocabula
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -73,10 +74,12 @@ def keys_and_values(
     """
     P, D = vectors_PD.shape
     # Asked of the model as it is: of a table whose P rows are the vectors it embeds the ids 0..P-1.
+    config = dataclasses.replace(config, vocabulary_size=P)
     weights = {**weights, "token_embedding": {"embedding": vectors_PD}}
     places_1P = jnp.arange(-P, 0)[None]
     if config.positions == "learned":
-        weights["position_embedding"] = {"embedding": jnp.zeros((1, D), vectors_PD.dtype)}
+        config = dataclasses.replace(config, max_length=P)
+        weights["position_embedding"] = {"embedding": jnp.zeros((P, D), vectors_PD.dtype)}
         places_1P = jnp.zeros((1, P), jnp.int32)
     ids_1P = jnp.arange(P)[None]
     out = features(Transformer(config), weights, ids_1P, places_1P, capture=("attention",))

@@ -14,6 +14,7 @@ from train.collective_order import after
 from train.losses import counts_of, loss_function
 from train.optimizers.wide import widened
 from train.plugs import (
+    NONFINITE,
     Batch,
     Context,
     Gradient,
@@ -24,13 +25,13 @@ from train.plugs import (
     PyTree,
     State,
     WeightTransform,
+    check_batch,
     merge,
     whole,
     with_memory,
 )
 
 Step = Callable[[State, PyTree, Batch], tuple[State, Metrics]]
-NONFINITE = "nonfinite"
 
 
 def init_state(
@@ -52,8 +53,13 @@ def init_state(
       gradient: as in the step; what it remembers is initialised.
 
     Raises:
-      ValueError: if two plugs have one name.
+      ValueError: if two plugs have one name, or something is no plug.
+
+    >>> state = init_state(jax.random.key(0), {"w": jnp.ones(2)}, optax.sgd(0.1))
+    >>> int(state.step), sorted(state.extra)
+    (0, ['gradient', 'nonfinite'])
     """
+    _check_plugs(optimizer, transforms)
     plugs: list[WeightTransform | Gradient] = [*transforms, with_memory(gradient)]
     names = [plug.name for plug in plugs]
     if len(set(names)) < len(names) or NONFINITE in names:
@@ -78,6 +84,20 @@ def make_train_step(
 ) -> Step:
     """Returns `step(state, frozen, batch) -> (state, metrics)`, pure and not yet compiled.
 
+    >>> from model.build import build_model
+    >>> from model.presets import gpt2_tiny
+    >>> from train.losses import cross_entropy
+    >>> model, tokens = build_model(gpt2_tiny(dropout=0.0)), jnp.arange(8).reshape(1, 8)
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> batch = {"tokens": tokens, "targets": tokens + 1, "weights": jnp.ones((1, 8))}
+    >>> step = jax.jit(make_train_step(model, [cross_entropy()], optax.adam(1e-2)))
+    >>> state, losses = init_state(jax.random.key(1), params, optax.adam(1e-2)), []
+    >>> for _ in range(3):
+    ...     state, metrics = step(state, {}, batch)
+    ...     losses.append(float(metrics["loss"]))
+    >>> losses[0] > losses[1] > losses[2]
+    True
+
     The loss is `sum_t weight_t * total_t / max(count_t, 1)` over the terms t, with counts
     taken over the whole batch before it is split: k micro-batches give the gradient of one batch of
     k times the size, whatever the padding.
@@ -99,13 +119,26 @@ def make_train_step(
       log_norms: add the norms of gradient, update and weight of every parameter, by layer.
 
     Raises:
-      ValueError: if the batch does not divide into the micro-batches (when traced).
+      ValueError: something is no plug or no term; and when traced: a batch that does not divide
+        into the micro-batches, see also `train.plugs.check_batch`, or a state of other plugs.
     """
+    _check_plugs(optimizer, transforms)
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches is {micro_batches}; the batch is at least one part")
     loss = loss_function(model, terms, transforms, loss_chunk)
     optimizer = optax.with_extra_args_support(optimizer)
     plug = with_memory(gradient)
+    carried = {*(transform.name for transform in transforms), plug.name, NONFINITE}
 
     def step(state: State, frozen: PyTree, batch: Batch) -> tuple[State, Metrics]:
+        check_batch(batch)
+        if set(state.extra) != carried:
+            raise ValueError(
+                f"the state carries {', '.join(sorted(state.extra))}, and the plugs of this step "
+                f"are {', '.join(sorted(carried))}; give init_state and make_train_step the same "
+                "transforms and gradient"
+            )
+        frozen = {} if frozen is None else frozen
         rng = jax.random.fold_in(state.rng, state.step)
         context = Context(state.step, rng, frozen, state.extra, counts_of(terms, batch))
         grads, metrics, carry = _accumulate(
@@ -151,6 +184,19 @@ def make_train_step(
     return step
 
 
+def _check_plugs(optimizer: object, transforms: Sequence[object]) -> None:
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"the optimizer is {optimizer!r}; a step takes an Optax transformation, which "
+            "train.optimizers.build makes of settings"
+        )
+    for transform in transforms:
+        if not (hasattr(transform, "apply") and hasattr(transform, "update")):
+            raise ValueError(
+                f"{transform!r} is no weight transform; give WeightTransform(name, apply)"
+            )
+
+
 def make_evaluation_step(
     model: Model,
     terms: Sequence[LossTerm],
@@ -164,6 +210,7 @@ def make_evaluation_step(
     loss = loss_function(model, terms, transforms, loss_chunk)
 
     def evaluate(state: State, frozen: PyTree, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+        check_batch(batch)
         ones = {term.name: jnp.float32(1) for term in terms}
         context = Context(state.step, None, frozen, state.extra, ones)
         counts = {term.name: term.count(batch) for term in terms}

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress.export.stored import abstract_from, describe
+from model.check import check_params
 from model.config import TransformerConfig, config_from_dict
 from model.extras import from_extra
 from model.flops import abstract_params
@@ -61,7 +62,7 @@ def unflat(abstract: PyTree, arrays: dict[str, Any]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in paths])
 
 
-def save_native(folder: Path, config: TransformerConfig, params: PyTree) -> None:
+def save_native(folder: Path | str, config: TransformerConfig, params: PyTree) -> None:
     """Writes a model, in one piece or not at all.
 
     Args:
@@ -70,7 +71,7 @@ def save_native(folder: Path, config: TransformerConfig, params: PyTree) -> None
       params: its parameters, quantized or not.
 
     Raises:
-      ValueError: `folder` exists.
+      ValueError: `folder` exists, or the parameters are not those of the config.
 
     >>> import tempfile
     >>> from model.presets import gpt2_tiny
@@ -83,6 +84,8 @@ def save_native(folder: Path, config: TransformerConfig, params: PyTree) -> None
     >>> config == model.config, again["final_norm"]["scale"].shape
     (True, (32,))
     """
+    folder = Path(folder)
+    check_params(config, params)
     if folder.exists():
         raise ValueError(f"{folder} exists already and nothing is overwritten; give a free name")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,12 +108,13 @@ def save_native(folder: Path, config: TransformerConfig, params: PyTree) -> None
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_native(folder: Path) -> tuple[TransformerConfig, PyTree]:
+def load_native(folder: Path | str) -> tuple[TransformerConfig, PyTree]:
     """Reads what `save_native` wrote: config and parameters, bit for bit.
 
     Raises:
       ValueError: no such folder, one of another version, or a file that is damaged.
     """
+    folder = Path(folder)
     safetensors = from_extra("safetensors", "hf")
     load_file = from_extra("safetensors.numpy", "hf").load_file
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress.lora import factors_among
 from compress.pruning.masks import Pattern, check_sparsity, keep_top, unstructured, zeros_of
 from model.rules import Rules, is_stacked, leaf_paths, match_per_layer, path_of
 
@@ -46,8 +47,8 @@ def targets_of(rules: Rules, params: PyTree) -> dict[str, np.ndarray]:
 
     Raises:
       ValueError: a sparsity that is not in [0, 1), a rule that matches nothing, rules that prune
-        nothing, a parameter that is not floating point, or, where parameters are concrete, one
-        that holds a NaN or an infinity.
+        nothing, factors of an adapted matrix, a parameter that is not floating point, or, where
+        parameters are concrete, one that holds a NaN or an infinity.
 
     >>> params = {"blocks": {"up": {"kernel": jnp.ones((2, 4, 4))}}}
     >>> targets_of([("blocks/1/.*", 0.5)], params)
@@ -65,6 +66,11 @@ def targets_of(rules: Rules, params: PyTree) -> dict[str, np.ndarray]:
         raise ValueError(
             f"the rules {list(rules)} prune nothing: every sparsity is 0. Paths are "
             f"{', '.join(by_path)}"
+        )
+    if factors := factors_among(targets, params):
+        raise ValueError(
+            f"the rules prune {factors[0]}, a factor of an adapted matrix, whose zeros leave none "
+            "in the product; prune the model before it is adapted, or give factors the sparsity 0"
         )
     for path, leaf in leaves_at(params, targets).items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -175,7 +175,7 @@ def unstructured(score: jax.Array, sparsity: jax.Array | float) -> jax.Array:
     return keep_top([score], score.size - zeros_of(sparsity, score.size))[0]
 
 
-def n_of_m(m: int, axis: int = -2) -> Pattern:
+def n_of_m(m: int, *, axis: int = -2) -> Pattern:
     """Returns the pattern that keeps equally many of every m neighbours along an axis.
 
     With m = 4 and sparsity 0.5 this is the 2:4 of sparse tensor cores (Mishra et al. 2021,

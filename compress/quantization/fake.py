@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from compress.lora import factors_among
 from compress.quantization.formats import Format, format_of
 from compress.quantization.quantize import contraction_axis, formats_by_path
 from compress.quantization.rounding import quantize
@@ -96,7 +97,8 @@ def fake_quantization(
       gradient: see `fake_quantize`.
 
     Raises:
-      ValueError: as `formats_by_path` and `fake_quantize`, when the step is traced.
+      ValueError: as `formats_by_path` and `fake_quantize`, when the step is traced; and for factors
+        of an adapted matrix, which rounded by themselves would not be what is exported.
 
     >>> apply = fake_quantization([("kernel", "int3")])
     >>> apply({"head": {"kernel": jnp.array([[0.9], [-4.0]])}}, None)["head"]["kernel"].tolist()
@@ -105,6 +107,11 @@ def fake_quantization(
 
     def apply(weights: PyTree, context: Any) -> PyTree:
         formats = formats_by_path(weights, rules)
+        if factors := factors_among(formats, weights):
+            raise ValueError(
+                f"the rules round {factors[0]}, a factor of an adapted matrix; attach factors in "
+                "the form 'merged' before this transform, or give them the format None"
+            )
 
         def one(key_path, leaf):
             path = path_of(key_path)

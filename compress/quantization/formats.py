@@ -35,7 +35,8 @@ class Format:
         narrow the grid and save nothing, which is what ablations want.
       group: how many weights share a scale: the whole "tensor", one output "channel", or so many
         weights along the contraction axis.
-      offset: see the top of the file.
+      offset: see the top of the file. With "minimum", which is real, few zeros stay zero: what has
+        been pruned wants another.
       span: without an offset, "balanced" uses -(2^(bits-1) - 1) to 2^(bits-1) - 1; "full" one
         value more, -2^(bits-1), which stands for the weight of largest magnitude, so that a scale
         may be negative (as in Q4_0).

@@ -77,6 +77,11 @@ def reads(teacher: Transformer, capture: Sequence[str] = ()) -> Prepare:
     """
 
     def prepare(batch: Batch, context: Context) -> Batch:
+        if TEACHER not in context.frozen:
+            raise ValueError(
+                f"the teacher's parameters are to lie in frozen[{TEACHER!r}]; frozen holds "
+                f"{', '.join(context.frozen) or 'nothing'}"
+            )
         more: dict[str, Any] = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         out = features(
             teacher,
@@ -113,6 +118,23 @@ def logits_term(
       divergence: from `compress.distillation.logits`.
       temperature: function of the step.
       weight: a number or a function of the step.
+
+    >>> import optax
+    >>> from compress.distillation.logits import forward_kl
+    >>> from model.presets import gpt2_tiny
+    >>> from train.losses import cross_entropy
+    >>> from train.step import init_state, make_train_step
+    >>> tokens = jnp.arange(8).reshape(1, 8)
+    >>> student, teacher = Transformer(gpt2_tiny(dropout=0.0)), Transformer(gpt2_tiny(layers=3))
+    >>> key, tx = jax.random.key(0), optax.sgd(0.1)
+    >>> params = student.init(key, tokens)["params"]
+    >>> frozen = {TEACHER: teacher.init(key, tokens)["params"]}
+    >>> terms = [cross_entropy(weight=0.5), logits_term(teacher, reads(teacher), forward_kl)]
+    >>> batch = {"tokens": tokens, "targets": tokens + 1, "weights": jnp.ones((1, 8))}
+    >>> state = init_state(key, params, tx, frozen=frozen)
+    >>> _, metrics = jax.jit(make_train_step(student, terms, tx))(state, frozen, batch)
+    >>> bool(metrics["distil_logits"] > 0), bool(metrics["skipped"])
+    (True, False)
     """
 
     def total(view: View, batch: Batch, context: Context) -> jax.Array:

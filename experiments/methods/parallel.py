@@ -35,8 +35,8 @@ from parallel.reduce_exchange import exchange_reduce
 from parallel.reduce_factored import factored_reduce
 from parallel.reduce_gather import gather_reduce
 from train.methods import Around, Plugs, Setup
-from train.plugs import Batch, Gradient, Metrics, PyTree, State
-from train.step import NONFINITE, Step, in_parts
+from train.plugs import NONFINITE, Batch, Gradient, Metrics, PyTree, State
+from train.step import Step, in_parts
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,11 @@ from train.checkpoints import Checkpoints, CheckpointSettings
 from train.data import prefetched
 from train.loop import SILENT, LoopSettings, Outcome, out_of_patience, train, watched
 from train.optimizers import learning_rate_at
-from train.plugs import PyTree, State, whole
+from train.plugs import NONFINITE, PyTree, State, whole
 from train.progress import progress_bar
 from train.records import Record, Sink, cut_back, read_rows
 from train.settings import Settings, differences, to_json
-from train.step import NONFINITE, make_train_step
+from train.step import make_train_step
 from train.tokenizers.tokenizer import Tokenizer
 
 

@@ -44,10 +44,9 @@ from parallel.vocabulary import pad_vocabulary
 from train.checkpoints import Checkpoints
 from train.loop import reset_nonfinite
 from train.phases import same_shapes
-from train.plugs import PyTree, State
+from train.plugs import NONFINITE, PyTree, State
 from train.prompts import refuse_prefix
 from train.settings import Settings, differences
-from train.step import NONFINITE
 from train.tokenizers.tokenizer import Tokenizer
 
 

@@ -157,7 +157,7 @@ def build(
       added. The state is a plain pytree of arrays.
 
     Raises:
-      ValueError: a rule that matches nothing, or settings that do not fit.
+      ValueError: a rule that matches nothing, settings that do not fit, or anything but settings.
 
     >>> from train.schedules import Constant
     >>> params = {"head": {"kernel": jnp.ones((2, 3))}}
@@ -166,6 +166,16 @@ def build(
     >>> round(float(updates["head"]["kernel"][0, 0]), 3)  # no gradient, so only the decay
     -0.1
     """
+    if isinstance(settings, type) or not hasattr(settings, "transformation"):
+        raise ValueError(
+            f"the optimizer is {settings!r}; give settings such as AdamW(), of one of "
+            f"{', '.join(OPTIMIZERS)}"
+        )
+    if isinstance(schedule_settings, type) or not hasattr(schedule_settings, "build"):
+        raise ValueError(
+            f"the schedule is {schedule_settings!r}; give settings of train.schedules, such as "
+            "Cosine()"
+        )
     stages = []
     if settings.clip_norm is not None:
         stages.append(wide(optax.clip_by_global_norm(settings.clip_norm)))

@@ -221,7 +221,9 @@ def search(
     """Returns the continuations of each `prompt` of a batch; rows of padding give anything."""
     lengths_B = jnp.maximum(batch["prompt_lengths"], 1)
     beam = Beam(beams, alpha, tokens)
-    return beam_search(model, beam, weights, batch["prompt"], lengths_B, end, inputs)
+    return beam_search(
+        model, weights, batch["prompt"], lengths_B, beam=beam, end_token=end, inputs=inputs
+    )
 
 
 def _hash(text: str) -> str:
