@@ -12,6 +12,7 @@ import pytest
 from tests.test_optimizer_contract import NAMES, STEPS, by_path, random_tree, settings_of, shapes
 from train.optimizers import build
 from train.optimizers.matrix import MatrixSettings
+from train.optimizers.scion import Scion
 from train.optimizers.settings import DecayingSettings
 from train.schedules import Constant
 
@@ -71,3 +72,22 @@ def test_decay_rules_choose_what_decays(name):
             {"adam_weight_decay": 0.0} if isinstance(settings, MatrixSettings) else {}
         )
         build(dataclasses.replace(wrong, **off), Constant(), STEPS, params)
+
+
+def test_caution_is_not_of_the_pull_into_the_ball():
+    """Scion, constrained: all weights shrink by the rate, whatever the step's direction."""
+    params = {"head": {"kernel": jnp.array([[1.0, -1.0], [1.0, -1.0]])}}
+    grads = {"head": {"kernel": jnp.array([[1.0, 1.0], [-1.0, -1.0]])}}
+    settings = Scion(
+        learning_rate=0.1,
+        norm_rules=(("head", "sign"),),
+        sign_radius=1e-6,
+        constrained=True,
+        cautious=True,
+        clip_norm=None,
+    )
+    tx = build(settings, Constant(), STEPS, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(
+        updates["head"]["kernel"], -0.1 * params["head"]["kernel"], atol=1e-6
+    )

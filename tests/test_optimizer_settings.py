@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from train.optimizers import Muon
 from train.optimizers.settings import DecayingSettings, OptimizerSettings, decay_mask
 
 
@@ -55,3 +56,9 @@ def test_stacked_biases_and_scales_are_no_matrices():
     assert decay_mask(DecayingSettings(), 0.0, params) is None
     none = dataclasses.replace(DecayingSettings(), decay_rules=())
     assert not any(jax.tree.leaves(decay_mask(none, 0.1, params)))
+
+
+@pytest.mark.parametrize("start", [1.0, -3.0])
+def test_momentum_starts_below_one(start):
+    with pytest.raises(ValueError, match="momentum_start of Muon"):
+        Muon(momentum_start=start, momentum_warmup_steps=3)

@@ -46,12 +46,42 @@ def test_every_number_keeps_its_relative_size(strict, shape, block, signed, key)
     np.testing.assert_array_equal(again[1], scales)
 
 
-def test_zero_is_zero_and_nothing_else_is(strict):
+def test_zero_is_zero_and_under_a_root_nothing_else_is(strict):
     x = jnp.array([[0.0, 1e-30, -1e-30, 1.0], [0.0] * 4])
-    got = decode(*encode(x))
-    assert ((got == 0) == (x == 0)).all()
-    assert float(got[0, 1]) == -float(got[0, 2])
+    roots = decode(*encode(jnp.abs(x), signed=False))
+    assert ((roots == 0) == (x == 0)).all()
+    assert decode(*encode(x)).tolist() == [[0.0, 0.0, 0.0, 1.0], [0.0] * 4]
     assert jnp.isnan(decode(*encode(x.at[1, 1].set(jnp.nan)))).any()
+
+
+def test_below_the_grid_signed_numbers_keep_their_mean():
+    smallest = 2.0 ** (-126 / 8)
+    x = jnp.array([1.0, 0.25 * smallest, -0.75 * smallest])
+    keys = jax.random.split(jax.random.key(2), 4000)
+    many = np.asarray(jax.vmap(lambda key: decode(*encode(x, key=key)))(keys)) / smallest
+    assert set(np.unique(many[:, 1]).round(5)) == {0.0, 1.0}
+    np.testing.assert_allclose(many[:, 1:].mean(0), [0.25, -0.75], atol=0.04)
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(0)], ids=["nearest", "stochastic"])
+def test_weights_without_a_gradient_come_to_rest(key):
+    """Both moments at a floor would have a ratio of about one, and move them for ever."""
+    tx = eight_bit(optax.scale_by_adam(b1=0.9, b2=0.95), smallest=1, key=key)
+    draw = jax.random.normal(jax.random.key(1), (1, 256))
+    half = jnp.arange(256) < 128
+
+    @jax.jit
+    def run(state, g, steps):
+        def step(i, carried):
+            noise = g * jax.random.normal(jax.random.key(i), (1, 256))
+            return tx.update({"w": noise}, carried[1])
+
+        return jax.lax.fori_loop(0, steps, step, ({"w": g}, state))
+
+    _, state = run(tx.init({"w": draw}), jnp.ones((1, 256)), 50)
+    updates, _ = run(state, jnp.where(half, 0.0, jnp.ones((1, 256))), 600)
+    moved = jnp.abs(updates["w"])
+    assert float(moved[:, :128].mean()) < 0.01 < 0.1 < float(moved[:, 128:].mean())
 
 
 def test_scales_keep_the_type():

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.methods.compression import EightBitState
+from experiments.methods.compression import EightBitState, Rewire
+from experiments.methods.multi_token import MultiToken
 from experiments.runs.execute import execute
 from experiments.runs.feeds import text_dataset
 from experiments.runs.phases import check_phases, grown_config, parse_phases
@@ -24,9 +25,10 @@ from tests.test_run import rows_of as all_of
 from train.loop import LoopSettings
 from train.optimizers import OPTIMIZERS, AdamW, Muon, build
 from train.phases import carried, grown_params, grown_state
+from train.plugs import NONFINITE
 from train.schedules import Constant, Linear
 from train.settings import Phase, Settings
-from train.step import NONFINITE, init_state
+from train.step import init_state
 from train.tokenizers.tokenizer import load_tokenizer
 
 EVERY = dataclasses.replace(
@@ -345,6 +347,24 @@ def test_codes_of_moments_grow_in_depth_alone(text, tmp_path):  # noqa: F811
         else:
             with pytest.raises(ValueError, match="grows in depth alone"):
                 check_phases(settings, load_tokenizer("bytes"))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        (Rewire(rules=(("kernel", 0.5),), every=1, until=3), {"tied_head": False}, "pruned"),
+        (EightBitState(smallest=256), {"tied_head": False}, "the scales of moments in 8 bits"),
+        (MultiToken(), {"width": 2 * SMALL.width, "heads": 2 * SMALL.heads}, "last weights"),
+    ],
+    ids=["masks", "scales", "average"],
+)
+def test_what_cannot_be_made_again_is_not_lost_on_the_way(text, tmp_path, method, changes, words):  # noqa: F811
+    tied = dataclasses.replace(SMALL, tied_head=True)
+    phases = [Phase(2, tied, 4, 16), Phase(2, dataclasses.replace(tied, **changes), 4, 16)]
+    optimizer = AdamW(tail_fraction=0.5 if words == "last weights" else None)
+    settings = settings_for(text, phases, optimizer=optimizer, methods=(method,))
+    with pytest.raises(ValueError, match=f"phase 2 cannot follow phase 1: .*{words}"):
+        check_phases(settings, load_tokenizer("bytes"))
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,19 @@ def test_gradual_pruning_in_the_step(score):
     )
 
 
+@pytest.mark.parametrize("schedule", [one_shot(2), cubic(0, 2, 1)], ids=["one_shot", "cubic"])
+def test_masks_that_fall_on_a_step_that_is_not_finite_are_made_after_it(schedule):
+    step, state = trainer(Pruning([("mlp/up", 0.5)], schedule))
+    for number in range(5):
+        batch = batch_of(number)
+        if number == 2:
+            batch["weights"] = batch["weights"] * jnp.inf
+        state, metrics = step(state, {}, batch)
+        assert bool(metrics["skipped"]) == (number == 2)
+        mask = flat(state.extra["masks"]["masks"])["blocks/mlp/up/kernel"]
+        assert float((~mask).mean()) == (0.5 if number >= 3 else 0.0)
+
+
 @pytest.mark.variants(2)
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("score", ["saliency", "movement"])

@@ -204,8 +204,9 @@ class MuP:
         kind = self.matrices if self.matrices != "auto" else kind_of(optimizer)
         base = self.base_of(config)
         found = transfer(config, base, matrices=kind, depth_exponent=self.depth_exponent)
-        # Kernels of the heads of multi-token prediction, if there are any: as wide as the stream.
-        ahead = base.width / config.width if kind == "elementwise" else 1.0
+        # Kernels of the heads of multi-token prediction, if there are any: as wide as the stream,
+        # and no matrix of a block, so that the steps of every optimizer's AdamW are theirs.
+        ahead = base.width / config.width
         return found._replace(
             learning_rate_rules=(*found.learning_rate_rules, ("mtp/.*/kernel", ahead))
         )

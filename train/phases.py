@@ -20,8 +20,7 @@ import numpy as np
 
 from model.grow import Source, grown
 from model.rules import is_stacked, path_of
-from train.plugs import PyTree, State
-from train.step import NONFINITE
+from train.plugs import NONFINITE, PyTree, State
 
 WEIGHTS = ("average", "z", "init_params", "params0", "x0")
 """Fields of optimizer states that hold weights, not moments: they grow as the weights do."""
@@ -33,6 +32,15 @@ STEPPED_FROM = ("init_particles",)
 that begins as nothing, what it was copied from would be made again. They start anew."""
 OF_THE_NEW = ("radius",)
 """Fields that follow from the parameters alone, and so from the grown ones."""
+
+
+NEVER_ANEW = {
+    "masks": "which weights are pruned; let the rules prune what both models have, such as blocks",
+    "average": "the average of the last weights; leave out tail_fraction, or the method whose own "
+    "parameters do not grow",
+    "scales": "the scales of moments in 8 bits; train without eight_bit_state, or keep one head",
+}
+"""Fields that a run must not lose on the way, each with what it holds and what to do."""
 
 
 class Carried(NamedTuple):
@@ -143,6 +151,23 @@ def carried(state: State, fresh: State, sources: dict[str, Source]) -> tuple[PyT
             leaves.append(values[path])
     made = jax.tree.unflatten(jax.tree.structure(fresh.optimizer), leaves)
     return made, Carried(numbers["kept"], numbers["copied"], dict(reset))
+
+
+def check_carried(report: Carried) -> None:
+    """Refuses a phase in which a run would lose what it cannot make again.
+
+    Raises:
+      ValueError: see `NEVER_ANEW`.
+
+    >>> check_carried(Carried(8, 0, {"mu": 4}))
+    >>> check_carried(Carried(8, 0, {"average": 4}))
+    Traceback (most recent call last):
+    ...
+    ValueError: the optimizer's state would lose the average of the last weights; leave out \
+tail_fraction, or the method whose own parameters do not grow
+    """
+    if lost := [said for field, said in NEVER_ANEW.items() if field in report.reset]:
+        raise ValueError(f"the optimizer's state would lose {lost[0]}")
 
 
 def grown_params(params: PyTree, fresh: PyTree, sources: dict[str, Source]) -> PyTree:

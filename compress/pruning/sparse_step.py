@@ -51,7 +51,8 @@ class Pruning:
 
     Attributes:
       rules: ordered `(regex, final sparsity)`; what none matches stays dense.
-      schedule: steps at which masks are computed, and their sparsities.
+      schedule: steps at which masks are computed, and their sparsities. That by default reaches the
+        final one at step 1,000: a shorter run needs another, whose `last` lies within it.
       score: "magnitude" of the weights at that step; "saliency" or "movement", added up from the
         raw gradients of all steps before; or "random", the same draw at every step.
       select: how scores become masks: `by_layer(pattern)` or `together`.
@@ -121,7 +122,11 @@ def mask_weights(
     """Returns pruning as a weight transform.
 
     Masks keep everything at first. Those computed at the end of step t, from the weights before its
-    update, hold from step t + 1 on.
+    update, hold from step t + 1 on. Steps are counted without those that were not finite.
+
+    A masked weight has no gradient, and under AdamW it comes to rest. It does not where a step of a
+    weight depends on more than its own gradient (Muon, SOAP) or not on its size (Lion): there it
+    goes on moving under its mask, and may be picked again for that.
 
     Args:
       key: for random scores; kept in the extra.
@@ -146,7 +151,7 @@ def mask_weights(
         return map_masked(apply_mask, weights, context.extra[name]["masks"])
 
     def update(extra: PyTree, params: PyTree, grads: PyTree, context: Any) -> PyTree:
-        return update_masks(settings, extra, params, grads, context.step)
+        return update_masks(settings, extra, params, grads, context.updates)
 
     return MaskTransform(name, apply, init, update)
 

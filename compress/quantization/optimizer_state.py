@@ -6,9 +6,9 @@ Decoded before each update and encoded after it, in blocks of their own scale, a
     scale * 2^(-n / 8)        scale: the largest of the block; n = 0 .. 126 and a sign,
                               or 0 .. 254 without one; and zero
 
-so that one bound, 2^(1/16) - 1 or 4.4 %, holds for the relative error of every number of whatever
-size. Adam divides one moment by the root of another: this bounds what the division sees, and
-nothing but zero becomes zero under the root.
+so that one bound, 2^(1/16) - 1 or 4.4 %, holds for the relative error of every number down to the
+grid's smallest, whatever its size. Adam divides one moment by the root of another: this bounds what
+the division sees, and nothing but zero becomes zero under the root.
 
 Numbers lie where the moments lay, in their shapes, so that they are laid out over devices like
 them. Blocks are cut along the last axis, so none reaches over two rows, or over two layers.
@@ -132,7 +132,10 @@ def encode(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the grid numbers of x, int8 or uint8 like x, and its scales [..., blocks].
 
-    Numbers below the grid's smallest, but not zero, become the smallest.
+    Where x is never below zero, numbers under the grid's smallest, but not zero, become the
+    smallest: others are divided by their root. Signed ones fall to zero, or with a key to the
+    smallest with a probability that keeps their mean: a floor under both would leave a ratio of
+    about one where there is no gradient any more, and move such weights for ever.
 
     Args:
       x: [..., width], floating point.
@@ -160,6 +163,13 @@ def encode(
         up = jax.random.uniform(key, x.shape, jnp.float32) < (ratio - low) / (high - low)
         level = (below + up.astype(jnp.int32)).astype(jnp.float32)
     level = jnp.where(ratio == 0, jnp.float32(0), jnp.clip(level, 1, top))
+    if signed:
+        smallest = jnp.asarray(grid)[1]
+        stays = jnp.float32(0)
+        if key is not None:
+            drawn = jax.random.uniform(jax.random.fold_in(key, 1), x.shape, jnp.float32)
+            stays = (drawn < ratio / smallest).astype(jnp.float32)
+        level = jnp.where(ratio < smallest, stays, level)
     if signed:
         return (level * jnp.sign(x).astype(jnp.float32)).astype(jnp.int8), scales
     return level.astype(jnp.uint8), scales

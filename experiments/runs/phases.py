@@ -27,7 +27,7 @@ from model.config import TransformerConfig
 from model.grow import SIZES, check_growth, keeps_function, sources
 from model.rules import leaf_paths
 from parallel.agreement import is_main
-from train.phases import carried, grown_params, grown_state, same_shapes
+from train.phases import carried, check_carried, grown_params, grown_state, same_shapes
 from train.plugs import State
 from train.settings import Phase, Settings
 from train.tokenizers.tokenizer import Tokenizer
@@ -131,8 +131,14 @@ def check_phases(settings: Settings, tokenizer: Tokenizer) -> None:
             continue
         try:
             check_growth(old, new, settings.phases[number - 1].growth)
-            _check_methods(settings, assemble(settings, new))
+            parts = assemble(settings, new)
+            _check_methods(settings, parts)
             _check_codes(settings, old, new)
+            made_of = sources(
+                old, new, settings.phases[number - 1].growth, key=jax.random.key(settings.seed)
+            )
+            state = abstract_state(settings, assemble(settings, old))
+            check_carried(carried(state, abstract_state(settings, parts), made_of)[1])
         except ValueError as error:
             raise ValueError(f"phase {number} cannot follow phase {number - 1}: {error}") from error
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from model.rules import is_stacked, leaf_paths, match, path_of
+from train.optimizers.cautious import cautious
 from train.optimizers.orthogonal import coefficients_named, orthogonalize
 from train.optimizers.settings import OptimizerSettings, ScheduleOf
-from train.optimizers.stages import stepped
 
 NORMS = ("spectral", "sign", "rms")
 
@@ -102,9 +102,11 @@ class Scion(OptimizerSettings):
             return jax.tree_util.tree_map_with_path(farthest, mu, norms), ScionState(mu)
 
         direction = optax.GradientTransformation(init, update)
-        if self.constrained:
+        if self.cautious:
+            direction = cautious(direction)
+        if self.constrained:  # caution is not of the pull towards the centre of the ball
             direction = optax.chain(direction, optax.add_decayed_weights(1.0))
-        return stepped(direction, self, schedule_of(self.learning_rate), params)
+        return optax.chain(direction, optax.scale_by_learning_rate(schedule_of(self.learning_rate)))
 
 
 class ScionState(NamedTuple):

@@ -99,6 +99,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "b1": _BELOW_ONE,
     "b2": _BELOW_ONE,
     "momentum": _BELOW_ONE,
+    "momentum_start": _BELOW_ONE,
     "adam_b1": _BELOW_ONE,
     "adam_b2": _BELOW_ONE,
 }
