@@ -133,3 +133,13 @@ def test_sizes_cover_what_was_asked_for():
     assert sizes == sorted(sizes)
     tokens = [scale.tokens for scale in scales_of(CPU).values()]
     assert tokens == sorted(tokens)
+
+
+def test_a_rung_is_held_against_the_same_one_at_every_size(tmp_path):
+    """Where that one was not run there is no ratio: not one to what lies further down."""
+    command = ladder(tmp_path, sizes=True, rung=("batch", "muon"), size=("8k", "20k"))
+    run_ladder(command)
+    less = dataclasses.replace(command, rung=("muon",), size=("40k",))
+    text = run_ladder(less)[1].read_text()
+    assert [bool(cell) for cell in cells_of(text, "muon")[1:5]] == [True, True, False, False]
+    assert [bool(cell) for cell in cells_of(text, "batch")[1:5]] == [True, True, False, False]

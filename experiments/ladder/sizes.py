@@ -4,11 +4,11 @@ At each size the ladder is climbed from `rate`, our GPT-2 block under tuned Adam
 end of its budget is the target: 0.3 of the scale's budget at the smallest, more with the root of
 the parameters. Rates of AdamW go down with the width, as muP has it for kernels; those of Muon hold
 as they are. The ratio of a rung is that of its seconds of training (`--sizes --side-by-side` times
-the steps in turn, as for the ladder) to those of the next one below that was run, and that of the
-whole recipe to `rate`; its mean logarithm at a size is fitted as a line over the logarithm of the
-parameters (embeddings included), and the range is where a further size would lie in 19 of 20 cases,
-by Student's distribution. A ratio measured at 124 M (`--scale gpu`) stands beside what the line
-says, once there is one.
+the steps in turn, as for the ladder) to those of the next one below that was run at any size, and
+that of the whole recipe to `rate`; its mean logarithm at a size is fitted as a line over the
+logarithm of the parameters (embeddings included), and the range is where a further size would lie
+in 19 of 20 cases, by Student's distribution. A ratio measured at 124 M (`--scale gpu`) stands
+beside what the line says, once there is one.
 """
 
 from __future__ import annotations
@@ -217,21 +217,20 @@ def _above(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(rung.name for rung in above if (rung.name in names if names else rung.kept))
 
 
-def ratios_of(site: Site, scale: Scale, name: str, to: str | None = None) -> list[float]:
+def ratios_of(site: Site, scale: Scale, name: str, to: str) -> list[float]:
     """Returns seconds of another rung over those of a rung, a figure a seed.
 
     Args:
       site: with what is gathered.
       scale: of a size.
       name: of the rung.
-      to: of the other; the next one below that was measured if None.
+      to: of the other.
     """
     small = dataclasses.replace(site, scale=scale)
     target = mean_end(small, FROM)
-    under = to or _measured_below(small, name)
-    if under is None or math.isnan(target):
+    if math.isnan(target):
         return []
-    rows = [row_of(small, each, target, FROM) for each in (name, under)]
+    rows = [row_of(small, each, target, FROM) for each in (name, to)]
     seeds = sorted(set(rows[0].reached) & set(rows[1].reached))
     found = [rows[1].reached[s].training / rows[0].reached[s].training for s in seeds]
     return [each for each in found if not math.isnan(each)]  # of a row that was not timed
@@ -243,9 +242,10 @@ def _of_one_clock(site: Site, scales: Mapping[str, Scale]) -> dict[str, Scale]:
     return there or dict(scales)
 
 
-def _measured_below(site: Site, name: str) -> str | None:
+def _measured_below(sites: Sequence[Site], name: str) -> str | None:
+    """The next rung below that was run at any of the sizes: the same one at all of them."""
     under = below(name)
-    while under is not None and not curves_of(site, under):
+    while under is not None and not any(curves_of(site, under) for site in sites):
         under = below(under)
     return under
 
@@ -263,7 +263,13 @@ def write_sizes(site: Site, path: Path) -> list[Path]:
     elif not any(timed(dataclasses.replace(site, scale=scale)) for scale in scales.values()):
         lines += ["**Seconds are those of the runs, as no steps have been timed.**", ""]
     body, points = [], {}
-    compared: list[tuple[str, str, str | None]] = [(rung.name, rung.name, None) for rung in RUNGS]
+    sites = [dataclasses.replace(site, scale=scale) for scale in scales.values()]
+    order = [rung.name for rung in RUNGS]
+    compared: list[tuple[str, str, str]] = [
+        (name, name, under)
+        for name in order[order.index(FROM) + 1 :]
+        if (under := _measured_below(sites, name))
+    ]
     if whole := _whole(site, scales):
         compared.append((f"{whole}, to {FROM}", whole, FROM))
     for title, name, to in compared:
@@ -310,7 +316,7 @@ def _whole(site: Site, scales: Mapping[str, Scale]) -> str | None:
     return found[-1] if found else None
 
 
-def _measured(path: Path, name: str, to: str | None) -> str:
+def _measured(path: Path, name: str, to: str) -> str:
     """The ratio of the 124 M ladder, where one lies beside."""
     other = path.with_name("speedrun-gpu.json")
     if not other.exists():
@@ -321,10 +327,7 @@ def _measured(path: Path, name: str, to: str | None) -> str:
         target = mean_end(far, FROM)
         if math.isnan(target):
             continue
-        under = to or _measured_below(far, name)
-        if under is None:
-            continue
-        found = ratio(row_of(far, name, target, FROM), row_of(far, under, target, FROM))
+        found = ratio(row_of(far, name, target, FROM), row_of(far, to, target, FROM))
         if found.pairs:
             return f"{found.mean:.2f}x"
     return ""
