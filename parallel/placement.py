@@ -92,6 +92,13 @@ def param_shardings(
 
     Raises:
       ValueError: as `param_specs`, or an axis that its part of the mesh does not divide.
+
+    >>> from parallel.mesh import make_mesh
+    >>> from parallel.placement_strategies import fsdp
+    >>> params = {"head": {"kernel": jax.ShapeDtypeStruct((4, 8), "float32")}}
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> param_shardings(mesh, params, [fsdp(params)])["head"]["kernel"].spec
+    P('fsdp',)
     """
     return _shardings(mesh, params, param_specs(params, strategies, rules))
 
@@ -115,6 +122,32 @@ def state_shardings(
 
     Raises:
       ValueError: as `param_shardings`.
+
+    A step on a mesh, divided as the strategies say:
+
+    >>> import jax.numpy as jnp, optax
+    >>> from model.build import build_model
+    >>> from model.presets import gpt2_tiny
+    >>> from parallel.mesh import make_mesh
+    >>> from parallel.placement_strategies import fsdp, tensor
+    >>> from train.losses import cross_entropy
+    >>> from train.step import init_state, make_train_step
+    >>> mesh = make_mesh(devices=jax.devices()[:1])  # or make_mesh(fsdp=4, tensor=2) of eight
+    >>> tokens = jnp.arange(16).reshape(2, 8)
+    >>> params = build_model(gpt2_tiny()).init(jax.random.key(0), tokens)["params"]
+    >>> strategies = [fsdp(params), tensor(params)]
+    >>> model = build_model(gpt2_tiny(), constrain=constrain(mesh, strategies))
+    >>> state = init_state(jax.random.key(1), params, optax.adam(1e-3))
+    >>> shardings = state_shardings(mesh, state, strategies)
+    >>> shardings.optimizer[0].mu["blocks"]["mlp"]["up"]["kernel"].spec
+    P(None, 'fsdp', 'tensor')
+    >>> state = jax.device_put(state, shardings)
+    >>> step = make_train_step(model, [cross_entropy()], optax.adam(1e-3))
+    >>> step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    >>> batch = {"tokens": tokens, "targets": tokens + 1, "weights": jnp.ones((2, 8))}
+    >>> state, metrics = step(state, {}, place_batch(mesh, batch))
+    >>> int(state.step)
+    1
     """
     params = state.params
     whole = NamedSharding(mesh, P())
@@ -207,6 +240,12 @@ def constrain(
     that it has taken over are left out.
 
     Raises (when called): ValueError on a logical axis that has no entry in `ACTIVATIONS`.
+
+    >>> import jax.numpy as jnp
+    >>> from parallel.mesh import make_mesh
+    >>> laid_out = constrain(make_mesh(devices=jax.devices()[:1]))
+    >>> laid_out(jnp.ones((2, 4, 8)), ("batch", "time", "width")).sharding.spec
+    P(('data', 'fsdp'), 'context')
     """
     axes_of = activation_axes(strategies)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import math
 import operator
 import os
@@ -35,6 +34,7 @@ import jax
 from parallel.agreement import by_main, is_main, together, wait_until_seen
 from train.manifest import (
     DamagedError,
+    as_json,
     lock,
     publish,
     read_manifest,
@@ -204,7 +204,7 @@ class Checkpoints:
         content = {
             "step": step,
             "loss": float(loss) if loss is not None and math.isfinite(loss) else None,
-            "info": _as_json(info),
+            "info": as_json(info),
             "leaves": describe(leaves, "state"),
         }
         with write_errors(f"checkpoint of step {step} in {self.folder}", temporary):
@@ -387,24 +387,6 @@ class Checkpoints:
                 except OSError as error:
                     what = f"step {step} is saved, but step {old} could not be removed"
                     raise OSError(error.errno, f"{what}: {error}") from error
-
-
-def _as_json(info: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the info, as reading it back will give it.
-
-    Raises:
-      ValueError: an entry that JSON does not know, by its name.
-    """
-    found = {}
-    for name, value in info.items():
-        try:
-            found[name] = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"the info of a checkpoint is JSON, and its entry {name!r} is not ({error}); give "
-                "numbers as int(...) or float(...), and arrays as part of the state"
-            ) from error
-    return found
 
 
 def _alone(work: Callable[[], None]) -> None:

@@ -194,3 +194,24 @@ def lock(path: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def as_json(info: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the info, as reading it back will give it.
+
+    Raises:
+      ValueError: an entry that JSON does not know, by its name.
+
+    >>> as_json({"phase": 0, "at": (1, 2)})
+    {'phase': 0, 'at': [1, 2]}
+    """
+    found = {}
+    for name, value in info.items():
+        try:
+            found[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the info of a checkpoint is JSON, and its entry {name!r} is not ({error}); give "
+                "numbers as int(...) or float(...), and arrays as part of the state"
+            ) from error
+    return found

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp  # noqa: F401 (doctest)
+import jax.numpy as jnp  # noqa: F401 (doctests)
 import numpy as np
 
 from model.grow import Source, grown
@@ -81,8 +81,30 @@ def grown_state(state: State, fresh: State, sources: dict[str, Source]) -> State
       sources: from `model.grow.sources`.
 
     Raises:
-      ValueError: a method carries something from step to step, and nobody knows how that grows.
+      ValueError: a method carries something from step to step, and nobody knows how that grows; or
+        the parameters of `fresh` are not those that the sources make.
+
+    >>> import optax
+    >>> from model.build import build_model
+    >>> from model.grow import sources
+    >>> from model.presets import gpt2_tiny
+    >>> from train.step import init_state
+    >>> small, large, tx = gpt2_tiny(layers=2), gpt2_tiny(layers=4), optax.adam(1e-3)
+    >>> params = build_model(small).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    >>> state = init_state(jax.random.key(1), params, tx)  # and trained for a while
+    >>> made_of = sources(small, large, key=jax.random.key(2))
+    >>> fresh = init_state(jax.random.key(1), grown(params, made_of), tx)
+    >>> grown_state(state, fresh, made_of).optimizer[0].mu["blocks"]["mlp"]["up"]["bias"].shape
+    (4, 128)
     """
+    shapes = {path_of(path): leaf.shape for path, leaf in _leaves(fresh.params)}
+    made = jax.eval_shape(lambda params: grown(params, sources), state.params)
+    for path, leaf in _leaves(made):
+        if shapes.get(path_of(path)) != leaf.shape:
+            raise ValueError(
+                f"the fresh state has {path_of(path)} of shape {shapes.get(path_of(path))} where "
+                f"the grown model has {leaf.shape}; make it of model.grow.grown(params, sources)"
+            )
     optimizer, _ = carried(state, fresh, sources)
     extra = {**fresh.extra, NONFINITE: state.extra[NONFINITE]}
     carrying = [n for n in extra if n != NONFINITE and jax.tree.leaves((state.extra[n], extra[n]))]
