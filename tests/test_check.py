@@ -13,9 +13,10 @@ from compress.lora import attach, init_adapters, merged
 from compress.pruning.mask_trees import block_kernels, targets_of
 from compress.quantization.fake import fake_quantization
 from model.build import build_model
-from model.check import check_params
+from model.check import MODEL_PARTS, check_params
+from model.flops import abstract_params
 from model.generate import generate
-from model.presets import encoder_decoder_tiny, gpt2_tiny
+from model.presets import PRESETS, encoder_decoder_tiny, gpt2_tiny, preset
 from model.transformer import Transformer
 from parallel.vocabulary import pad_vocabulary
 from tests.compiled import initial
@@ -59,6 +60,14 @@ def test_parameters_of_another_config_do_not_run(fields, says):
         generate(other, PARAMS, [[1, 2]], key=jax.random.key(0), max_new_tokens=1)
     with pytest.raises(ValueError, match="not those of the config"):
         check_params(other.config, PARAMS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_parts_of_all_models_are_known(name):
+    config = preset(name)
+    params = abstract_params(config)
+    assert set(params) <= set(MODEL_PARTS)
+    check_params(config, {**params, "prompt": {"vectors": jnp.ones((2, 4))}})
 
 
 def test_a_head_beside_a_tied_one_is_refused():

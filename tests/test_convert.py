@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from compress.export.native import load_native
 from experiments import convert, evaluate, export, generate, pretrain
 from experiments.convert import from_huggingface, to_huggingface
 from experiments.export import Export, run_command
@@ -202,6 +203,7 @@ def test_what_lies_beside_a_model_is_not_left_out_without_a_word(
             run_command(Export(run, kind, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     run_command(Export(run, "native", tmp_path / "out"))
+    assert_same(load_native(tmp_path / "out")[1], opened.params)
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, tokenizers, monkeypatch):

@@ -1,8 +1,9 @@
 """The native format: a folder with what is stored, bit for bit, and what it means.
 
 weights.safetensors    every array under its path, `blocks/mlp/up/kernel/values` and so on
-model.json             the config, and which matrices are quantized and how
-(`compress.export.stored`)
+model.json             the config, which matrices are quantized and how
+                       (`compress.export.stored`), and the shapes of what lies beside the model
+                       (a prompt, scores of a task), which no config tells
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress.export.stored import abstract_from, describe
-from model.check import check_params
+from model.check import beside_model, check_params
 from model.config import TransformerConfig, config_from_dict
 from model.extras import from_extra
 from model.flops import abstract_params
+from model.mismatch import by_path
 from model.rules import leaf_paths
 from model.safetensors_files import write_safetensors
 
@@ -101,6 +104,7 @@ def save_native(folder: Path | str, config: TransformerConfig, params: PyTree) -
             "config": dataclasses.asdict(config),
             "weights": describe(params),
             "types": types,
+            "beside": {path: list(leaf.shape) for path, leaf in beside_model(params).items()},
         }
         (temporary / MODEL).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         temporary.rename(folder)
@@ -128,10 +132,12 @@ def load_native(folder: Path | str) -> tuple[TransformerConfig, PyTree]:
     if content.get("version") != VERSION:
         raise ValueError(f"{folder} is of version {content.get('version')}; this reads {VERSION}")
     config = config_from_dict(content["config"])
-    abstract = abstract_from(
-        _of_types(abstract_params(config), content["types"]), content["weights"]
-    )
     try:
+        whole = by_path(abstract_params(config))
+        for path, shape in content.get("beside", {}).items():
+            whole[path] = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        plain = flax.traverse_util.unflatten_dict(whole, sep="/")
+        abstract = abstract_from(_of_types(plain, content["types"]), content["weights"])
         arrays = {
             path: jnp.asarray(array.view(jnp.dtype(content["types"][path])))
             for path, array in stored.items()
