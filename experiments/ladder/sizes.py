@@ -258,10 +258,12 @@ def write_sizes(site: Site, path: Path) -> list[Path]:
     lines += [f"    python -m experiments.speedrun --scale {site.scale.name} --sizes", ""]
     lines += [" ".join((__doc__ or "").split()), ""]
     compared_at = _of_one_clock(site, scales)
+    by_runs = not any(timed(dataclasses.replace(site, scale=scale)) for scale in scales.values())
     if left := [label for label in scales if label not in compared_at]:
         lines += [f"Not run or not timed, and so left out: {', '.join(left)}.", ""]
-    elif not any(timed(dataclasses.replace(site, scale=scale)) for scale in scales.values()):
-        lines += ["**Seconds are those of the runs, as no steps have been timed.**", ""]
+    if by_runs:
+        said = "Seconds are those of the runs, as no steps have been timed: nothing is foretold"
+        lines += [f"**{said} from hours that differ.**", ""]
     body, points = [], {}
     sites = [dataclasses.replace(site, scale=scale) for scale in scales.values()]
     order = [rung.name for rung in RUNGS]
@@ -281,14 +283,15 @@ def write_sizes(site: Site, path: Path) -> list[Path]:
             continue
         points[title] = pairs
         cells = [f"{means[label]:.2f}x" if label in means else "" for label in scales]
-        body.append([title, *cells, *_prediction(pairs), _measured(path, name, to)])
+        foretold = ("", "") if by_runs else _prediction(pairs)
+        body.append([title, *cells, *foretold, _measured(path, name, to)])
     head = ["rung", *(f"{sizes[label] / 1e6:.2f} M" for label in scales)]
     head += ["per tenfold", "said of 124 M", "measured at 124 M"]
     lines += grid(head, body, "l" + "r" * (len(head) - 1))
     written = [path, path.with_suffix(".md")]
     if points:
         image = path.with_suffix(".png")
-        _draw(points, image)
+        _draw(points, image, lines=not by_runs)
         written.append(image)
         lines += ["", f"![Ratios against parameters]({image.name})"]
     write_text(written[1], "\n".join(lines) + "\n")
@@ -333,7 +336,7 @@ def _measured(path: Path, name: str, to: str) -> str:
     return ""
 
 
-def _draw(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+def _draw(points: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, lines: bool) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -341,7 +344,7 @@ def _draw(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> No
     for name, pairs in points.items():
         xs, ys = zip(*pairs, strict=True)
         (drawn,) = axes.plot(xs, ys, marker="o", linestyle="", label=name)
-        if len(set(xs)) > 2:
+        if lines and len(set(xs)) > 2:
             ends = [min(xs), PREDICTED]
             logs = [math.log(x) for x in xs], [math.log(y) for y in ys]
             fitted = [math.exp(line(*logs, math.log(x)).value) for x in ends]
@@ -350,6 +353,8 @@ def _draw(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> No
     axes.axvline(PREDICTED, color="grey", linewidth=0.6, linestyle=":")
     axes.set(xlabel="parameters", ylabel="times as fast as what it is compared with", xscale="log")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}x")
+    axes.yaxis.set_minor_formatter("{x:g}x")
     axes.legend(fontsize=7, frameon=False)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
