@@ -41,8 +41,8 @@ def weight(
     if module.is_initializing():
         return module.param(name, init, tuple(shape), dtype)
     value: Weight = module.get_variable("params", name)
+    path = "/".join((*module.path, name))
     if value is None:
-        path = "/".join((*module.path, name))
         raise ValueError(f"the parameters hold no {path}; were they made for another config?")
     fits = len(value.shape) == len(shape) and all(
         has == wanted or (axis == vocabulary_axis and has > wanted)
@@ -50,7 +50,6 @@ def weight(
     )
     # Inside a shard_map a device has its part alone.
     if not fits and not jax.sharding.get_abstract_mesh().manual_axes:
-        path = "/".join((*module.path, name))
         raise ValueError(
             f"the parameters hold {path} of shape {list(value.shape)} where this config has "
             f"{list(shape)}; were they made for another config?"

@@ -352,7 +352,6 @@ class Table(nn.Module):
     @nn.compact
     def __call__(self) -> Any:
         """Returns the weight."""
-        # Positions have none to spare.
         shape, dtype = self.shape, self.parameter_dtype
         return weight(
             self, self.leaf, self.init_table, shape, dtype, vocabulary_axis=self.vocabulary_axis

@@ -105,17 +105,6 @@ def loss_function(
 ) -> LossFunction:
     """Returns `(params, batch, context) -> (loss, metrics)`, the sum of all terms.
 
-    >>> from model.build import build_model
-    >>> from model.presets import gpt2_tiny
-    >>> model, tokens = build_model(gpt2_tiny(dropout=0.0)), jnp.arange(8).reshape(1, 8)
-    >>> params = model.init(jax.random.key(0), tokens)["params"]
-    >>> batch = {"tokens": tokens, "targets": tokens + 1, "weights": jnp.ones((1, 8))}
-    >>> terms = [cross_entropy(), z_loss()]
-    >>> context = Context(jnp.int32(0), None, {}, {}, counts_of(terms, batch))
-    >>> value, metrics = loss_function(model, terms)(params, batch, context)
-    >>> sorted(metrics), bool(value > metrics["cross_entropy"])
-    (['cross_entropy', 'loss', 'z_loss'], True)
-
     Args:
       model: the Transformer, or an encoder-decoder; it is also given what the batch has of
         `MODEL_INPUTS`.
@@ -129,6 +118,17 @@ def loss_function(
     Raises:
       ValueError: without terms, for two of one name or one of the step's own metrics, or a chunk
         below 1.
+
+    >>> from model.build import build_model
+    >>> from model.presets import gpt2_tiny
+    >>> model, tokens = build_model(gpt2_tiny(dropout=0.0)), jnp.arange(8).reshape(1, 8)
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> batch = {"tokens": tokens, "targets": tokens + 1, "weights": jnp.ones((1, 8))}
+    >>> terms = [cross_entropy(), z_loss()]
+    >>> context = Context(jnp.int32(0), None, {}, {}, counts_of(terms, batch))
+    >>> value, metrics = loss_function(model, terms)(params, batch, context)
+    >>> sorted(metrics), bool(value > metrics["cross_entropy"])
+    (['cross_entropy', 'loss', 'z_loss'], True)
     """
     if wrong := [term for term in terms if not isinstance(term, LossTerm)]:
         raise ValueError(f"a loss is made of terms, such as cross_entropy(), not of {wrong[0]!r}")

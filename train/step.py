@@ -84,20 +84,6 @@ def make_train_step(
 ) -> Step:
     """Returns `step(state, frozen, batch) -> (state, metrics)`, pure and not yet compiled.
 
-    >>> from model.build import build_model
-    >>> from model.presets import gpt2_tiny
-    >>> from train.losses import cross_entropy
-    >>> model, tokens = build_model(gpt2_tiny(dropout=0.0)), jnp.arange(8).reshape(1, 8)
-    >>> params = model.init(jax.random.key(0), tokens)["params"]
-    >>> batch = {"tokens": tokens, "targets": tokens + 1, "weights": jnp.ones((1, 8))}
-    >>> step = jax.jit(make_train_step(model, [cross_entropy()], optax.adam(1e-2)))
-    >>> state, losses = init_state(jax.random.key(1), params, optax.adam(1e-2)), []
-    >>> for _ in range(3):
-    ...     state, metrics = step(state, {}, batch)
-    ...     losses.append(float(metrics["loss"]))
-    >>> losses[0] > losses[1] > losses[2]
-    True
-
     The loss is `sum_t weight_t * total_t / max(count_t, 1)` over the terms t, with counts
     taken over the whole batch before it is split: k micro-batches give the gradient of one batch of
     k times the size, whatever the padding.
@@ -121,6 +107,20 @@ def make_train_step(
     Raises:
       ValueError: something is no plug or no term; and when traced: a batch that does not divide
         into the micro-batches, see also `train.plugs.check_batch`, or a state of other plugs.
+
+    >>> from model.build import build_model
+    >>> from model.presets import gpt2_tiny
+    >>> from train.losses import cross_entropy
+    >>> model, tokens = build_model(gpt2_tiny(dropout=0.0)), jnp.arange(8).reshape(1, 8)
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> batch = {"tokens": tokens, "targets": tokens + 1, "weights": jnp.ones((1, 8))}
+    >>> step = jax.jit(make_train_step(model, [cross_entropy()], optax.adam(1e-2)))
+    >>> state, losses = init_state(jax.random.key(1), params, optax.adam(1e-2)), []
+    >>> for _ in range(3):
+    ...     state, metrics = step(state, {}, batch)
+    ...     losses.append(float(metrics["loss"]))
+    >>> losses[0] > losses[1] > losses[2]
+    True
     """
     _check_plugs(optimizer, transforms)
     if micro_batches < 1:

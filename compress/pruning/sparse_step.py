@@ -124,9 +124,9 @@ def mask_weights(
     Masks keep everything at first. Those computed at the end of step t, from the weights before its
     update, hold from step t + 1 on. Steps are counted without those that were not finite.
 
-    A masked weight has no gradient, and under AdamW it comes to rest. It does not where a step of a
-    weight depends on more than its own gradient (Muon, SOAP) or not on its size (Lion): there it
-    goes on moving under its mask, and may be picked again for that.
+    A masked weight has no gradient, and under AdamW, decay aside, it comes to rest. Not so where a
+    step of a weight depends on more than its own gradient (Muon, SOAP) or not on its size (Lion):
+    there it goes on moving under its mask, and may be picked again for that.
 
     Args:
       key: for random scores; kept in the extra.
